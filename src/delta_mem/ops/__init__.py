@@ -1,0 +1,168 @@
+"""The recurrence of δ-mem on tensors: every token reads the state, then is written into it.
+
+`delta_rule` is the one public function. It checks its inputs, turns masks and packed sequences into
+plain dense tensors, and hands them to a backend: one file per way to compute the same function.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import chunked, naive
+
+__all__ = ["BACKENDS", "delta_rule"]
+
+# Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
+# six tensors [batch, tokens, states, rank], none empty, not necessarily contiguous, and the state
+# [batch, states, rank, rank], all of one dtype (float32 or float64) on one device. Tokens that
+# shall not count come with q = k = v = erase = write = 0 and keep = 1. It modifies none of them.
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "naive": naive.delta_rule,
+    "chunked": chunked.delta_rule,
+}
+
+# Up to here the loop beats the fixed cost of the chunked backend.
+SHORT = 16
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Read every token from the memory, then write it by the gated delta rule.
+
+    Per batch row and state, for t = 1, 2, …:
+
+        m_t = S_{t-1} q_t
+        S_t = diag(keep_t) S_{t-1} − diag(erase_t) (S_{t-1} k_t) k_tᵀ + diag(write_t) v_t k_tᵀ
+
+    The paper's update rules are choices of gates. With write gate β and keep gate λ, `standard` has
+    keep, erase, write = λ, β, β; `decay_outside` has λ, λβ, β; `no_decay` has 1, β, β.
+
+    Inputs may have any floating dtype. The arithmetic and both results are float32, or float64 if
+    any input is float64, also under autocast. Differentiable in all floating inputs.
+
+    Args:
+        q: queries [batch, tokens, states, rank].
+        k: keys, like q; the rule is stable for keys of at most unit length.
+        v: values, like q.
+        keep: keep gates, like q or broadcastable to it: one per row of the state (last dim rank) or
+            one for all its rows (last dim 1). Likewise erase and write.
+        erase: erase gates.
+        write: write gates.
+        state: [batch, states, rank, rank] before the first token; None means zeros. Not modified.
+        mask: bool, or integers 0 and 1, [batch, tokens]. A token with 0 neither reads (its read is
+            0) nor writes, whatever its other inputs hold.
+        cu_seqlens: int32 or int64 [n + 1], rising from 0 to tokens: n sequences, some perhaps
+            empty, packed along tokens with batch = 1. Each has its own state, in and out:
+            [n, states, rank, rank]. Inside they are padded to the longest, so that work and memory
+            grow with n × longest.
+        backend: "auto", or a name in `BACKENDS`. "auto" loops over few tokens, as in decoding, and
+            computes longer inputs in chunks.
+
+    Returns:
+        The reads [batch, tokens, states, rank], and the state after the last token.
+
+    Raises:
+        ValueError: for a wrong shape, device, cu_seqlens or backend.
+        TypeError: for a wrong type or dtype.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {['auto', *BACKENDS]}")
+    floats = dict(q=q, k=k, v=v, keep=keep, erase=erase, write=write, state=state)
+    _check_tensors(floats, mask, cu_seqlens)
+    bounds = None if cu_seqlens is None else _checked_bounds(cu_seqlens, q)
+    batch, tokens, states, rank = q.shape
+    _check_shape("state", state, (batch if bounds is None else len(bounds) - 1, states, rank, rank))
+
+    wide = any(x is not None and x.dtype == torch.float64 for x in floats.values())
+    dtype = torch.float64 if wide else torch.float32
+    inputs = [x.to(dtype).expand(q.shape) for x in (q, k, v, keep, erase, write)]
+
+    if bounds is not None:
+        # Each packed token's place in a batch of n padded sequences.
+        longest = max((end - start for start, end in pairwise(bounds)), default=0)
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(lengths, output_size=tokens)
+        place = sequence, torch.arange(tokens, device=q.device) - starts[sequence]
+        padded = len(bounds) - 1, longest
+        inputs = [x.new_zeros(*padded, states, rank).index_put(place, x[0]) for x in inputs]
+        inside = torch.ones_like(sequence, dtype=torch.bool) if mask is None else mask[0].bool()
+        mask = torch.zeros(padded, dtype=torch.bool, device=q.device).index_put(place, inside)
+    if mask is not None:
+        # All inputs, not only the gates: what lies under a padded token may be NaN.
+        off = ~mask.bool()[..., None, None]
+        neutral = (0.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+        inputs = [x.masked_fill(off, value) for x, value in zip(inputs, neutral, strict=True)]
+
+    q = inputs[0]
+    state = q.new_zeros(q.shape[0], states, rank, rank) if state is None else state.to(dtype)
+    if q.numel() == 0:
+        reads, state = torch.zeros_like(q), state.clone()
+    else:
+        if backend == "auto":
+            backend = "naive" if q.shape[1] <= SHORT else "chunked"
+        with torch.autocast(q.device.type, enabled=False):
+            reads, state = BACKENDS[backend](*inputs, state)
+    if bounds is not None:
+        reads = reads[place].unsqueeze(0)
+    return reads, state
+
+
+def _check_tensors(floats: dict, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Types, dtypes, devices, and the shapes that follow from q's."""
+    optional = dict(state=floats["state"], mask=mask, cu_seqlens=cu_seqlens)
+    for name, x in (floats | optional).items():
+        if x is None and name in optional:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor")
+        if name == "mask":
+            right, expected = not (x.is_floating_point() or x.is_complex()), "bool or integers"
+        elif name == "cu_seqlens":
+            right, expected = x.dtype in (torch.int32, torch.int64), "int32 or int64"
+        else:
+            right, expected = x.is_floating_point(), "a floating dtype"
+        if not right:
+            raise TypeError(f"{name} has dtype {x.dtype}, expected {expected}")
+        if x.device != floats["q"].device:
+            raise ValueError(f"{name} is on {x.device}, expected {floats['q'].device} like q")
+
+    shape = floats["q"].shape
+    if len(shape) != 4:
+        raise ValueError(f"q has shape {tuple(shape)}, expected [batch, tokens, states, rank]")
+    _check_shape("k", floats["k"], shape)
+    _check_shape("v", floats["v"], shape)
+    for name in ("keep", "erase", "write"):
+        gate = floats[name].shape
+        if len(gate) > 4 or any(n not in (1, shape[i - len(gate)]) for i, n in enumerate(gate)):
+            got, full = tuple(gate), tuple(shape)
+            raise ValueError(f"{name} has shape {got}, expected one broadcastable to {full}")
+    _check_shape("mask", mask, shape[:2])
+
+
+def _check_shape(name: str, x: Tensor | None, expected: tuple[int, ...]) -> None:
+    if x is not None and x.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)}")
+
+
+def _checked_bounds(cu_seqlens: Tensor, q: Tensor) -> list[int]:
+    """cu_seqlens as Python numbers (one wait for the device)."""
+    if q.shape[0] != 1:
+        raise ValueError(f"q has batch {q.shape[0]}, expected 1 with cu_seqlens")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [n + 1]")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[1] or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens is {bounds}, expected numbers rising from 0 to {q.shape[1]}")
+    return bounds
