@@ -1,0 +1,287 @@
+"""Where the projections are in each model family, and the hooks that couple a memory to them.
+
+The backbone is only hooked, never rewritten. Three hooks a layer, one pair on the causal LM:
+
+* causal LM, before: a cache that carries a memory (`generation.MemoryLayer`) starts a `MemoryCall`.
+* causal LM, after: the call's new states become the memory's.
+* attention, before: takes the call out of the keywords, reads and writes the layer's state, and lays
+  the reading down for this thread.
+* each corrected projection, after: picks the reading up and adds its correction.
+
+A call travels as one extra keyword, which `transformers` hands on from the causal LM to every attention
+module: unlike a context variable it survives checkpointing, compilation and threads. Only the last step,
+from an attention module to its own projections, needs a thread-local, for projections get no keywords.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedBackboneError
+from .memory import DeltaMemory, WritePlan, plan_writes
+from .state import MemoryState, OpenSegment
+
+CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
+
+_reading = threading.local()  # .now: (adapter, reads) of the attention module this thread is in
+
+
+# ---- finding the projections -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one head's projection is: a linear module, and which of its outputs are the head's.
+
+    Attributes:
+        path: the module's name inside the attention module.
+        view: picks the head's outputs along a dimension, as a view; for the whole output, itself.
+    """
+
+    path: str
+    view: Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module that can have a memory.
+
+    Attributes:
+        index: the layer's index in the backbone.
+        module: the attention module.
+        slots: {"q", "k", "v", "o"}, as far as the module has them.
+    """
+
+    index: int
+    module: nn.Module
+    slots: dict[str, Slot]
+
+
+def _whole(tensor: Tensor, dim: int) -> Tensor:
+    return tensor
+
+
+def _range(start: int, length: int, tensor: Tensor, dim: int) -> Tensor:
+    return tensor.narrow(dim, start, length)
+
+
+def _interleaved(position: int, head_dim: int, tensor: Tensor, dim: int) -> Tensor:
+    """Of outputs ordered [head, (q, k, v), head_dim], those of one of q, k, v."""
+    dim = dim % tensor.dim()
+    return tensor.unflatten(dim, (-1, 3, head_dim)).select(dim + 1, position)
+
+
+def _slots(module: nn.Module, config) -> dict[str, Slot]:
+    """The slots of an attention module; empty if it is laid out in no known way."""
+    has = partial(_has_linear, module)
+    out = next((name for name in ("o_proj", "dense", "out_proj") if has(name)), None)
+    if out is None:
+        return {}
+    slots = {"o": Slot(out, _whole)}
+    if has("q_proj"):
+        slots |= {head: Slot(f"{head}_proj", _whole) for head in "qkv" if has(f"{head}_proj")}
+    elif has("qkv_proj"):  # Phi-3: [all q, all k, all v]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        for head, start, length in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
+            slots[head] = Slot("qkv_proj", partial(_range, start, length))
+    elif has("query_key_value") and config.model_type.startswith("gpt_neox"):  # per head [q, k, v]
+        head_dim = config.hidden_size // config.num_attention_heads
+        for position, head in enumerate("qkv"):
+            slots[head] = Slot("query_key_value", partial(_interleaved, position, head_dim))
+    else:
+        return {}
+    return slots
+
+
+def _has_linear(module: nn.Module, name: str) -> bool:
+    # Not isinstance(nn.Linear): quantizers and LoRA put their own classes in its place.
+    return isinstance(getattr(module, name, None), nn.Module)
+
+
+def causal_lm(backbone: nn.Module) -> nn.Module:
+    """The `transformers` model inside `backbone`: itself, or what a PEFT model wraps."""
+    return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+
+
+def find_attention_layers(backbone: nn.Module) -> dict[int, AttentionLayer]:
+    """The softmax-attention layers of a decoder, by index. Linear-attention layers are passed over.
+
+    Raises:
+        UnsupportedBackboneError: not a decoder, or none of its modules is laid out in a known way.
+    """
+    model = causal_lm(backbone)
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate"):
+        raise UnsupportedBackboneError(f"{name} is no causal language model of transformers.")
+    if config.is_encoder_decoder:
+        raise UnsupportedBackboneError(
+            f"{name} is an encoder-decoder model; delta-mem needs a decoder-only model."
+        )
+    config = config.get_text_config(decoder=True)
+    layers: dict[int, AttentionLayer] = {}
+    looked_at = set()
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or not any(True for _ in module.children()):
+            continue
+        looked_at.add(type(module).__name__)
+        slots = _slots(module, config)
+        if not slots:
+            continue
+        if index in layers:
+            raise UnsupportedBackboneError(
+                f"{name} has two attention modules in layer {index} "
+                f"({type(layers[index].module).__name__}, {type(module).__name__})."
+            )
+        layers[index] = AttentionLayer(index, module, slots)
+    if not layers:
+        seen = ", ".join(sorted(looked_at)) or "no module with a layer_idx"
+        raise UnsupportedBackboneError(
+            f"{name}: found no attention module with known q/k/v/o projections (looked at: {seen})."
+        )
+    return dict(sorted(layers.items()))
+
+
+@torch.no_grad()
+def first_columns(layer: AttentionLayer, head: str, count: int, input_size: int) -> Tensor:
+    """The first `count` columns of a head's projection weight, [head's outputs, count].
+
+    Asked of the module itself, as its answers to unit vectors: right for any class that stands in
+    for a linear layer, quantized or packed or transposed.
+    """
+    slot = layer.slots[head]
+    module = layer.module.get_submodule(slot.path)
+    weight = next(module.parameters())
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    probe = torch.eye(count, input_size, dtype=dtype, device=weight.device)
+    answers = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
+    return slot.view(answers[:-1] - answers[-1], -1).flatten(1).t()
+
+
+def head_sizes(layer: AttentionLayer) -> dict[str, tuple[int, int]]:
+    """{head: (inputs, outputs)} of the layer's projections."""
+    sizes = {}
+    for head, slot in layer.slots.items():
+        module = layer.module.get_submodule(slot.path)
+        out = torch.empty(module.out_features, device="meta")
+        sizes[head] = (module.in_features, slot.view(out, 0).numel())
+    return sizes
+
+
+# ---- carrying a memory through one forward -----------------------------------------------------
+
+
+class MemoryCall:
+    """One forward pass with a memory: what the layers find, and what they leave.
+
+    Every layer reads the state that the call found and leaves its new state here; `commit` makes them
+    the memory's, all at once. So a forward that fails half-way changes nothing, and the second forward
+    of gradient checkpointing finds the same states and writes nothing twice.
+
+    Not a dataclass and without a method `to`: FSDP rebuilds the one, accelerate moves the other.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryState,
+        shape: tuple[int, int],
+        mask: Tensor | None = None,
+        write: Tensor | bool = True,
+        segment_ids: Tensor | None = None,
+        keep_segment_open: bool = False,
+        keep_inputs: bool = False,
+    ):
+        self.memory = memory
+        self.plan: WritePlan = plan_writes(memory, shape, mask, write, segment_ids, keep_segment_open)
+        self.states = dict(memory.layers)
+        self.open_sums = {} if memory.open_segment is None else dict(memory.open_segment.sums)
+        self.left: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.inputs: dict[int, Tensor] | None = {} if keep_inputs else None
+
+    def advance(self, index: int, adapter: DeltaMemory, z: Tensor) -> Tensor:
+        """Reads layer `index` and notes what the layer leaves. Returns the reads."""
+        reads, state, open_sum = adapter.advance(z, self.states[index], self.open_sums.get(index), self.plan)
+        self.left[index] = (state, open_sum)
+        if self.inputs is not None:
+            self.inputs[index] = z
+        return reads
+
+    def commit(self) -> None:
+        """Makes the states that the layers left the memory's.
+
+        Raises:
+            UnsupportedBackboneError: the backbone did not hand the call on to every layer.
+        """
+        missed = [index for index in self.states if index not in self.left]
+        if missed:
+            raise UnsupportedBackboneError(
+                f"the backbone did not hand the memory on to the attention of layer(s) {missed}."
+            )
+        if self.plan.writes is None:
+            return
+        memory, segments = self.memory, self.plan.segments
+        memory.layers = {i: _renew(memory.layers[i], self.left[i][0]) for i in memory.layers}
+        memory.tokens_written = _renew(memory.tokens_written, memory.tokens_written + self.plan.tokens)
+        if segments is not None:
+            before = memory.open_segment
+            memory.open_segment = OpenSegment(
+                {i: _renew(before.sums[i], self.left[i][1]) for i in before.sums},
+                _renew(before.count, segments.open_count),
+                _renew(before.ids, segments.open_ids),
+            )
+
+
+def _renew(old: Tensor, new: Tensor) -> Tensor:
+    """`new`, in the place of `old` where a compiled or captured graph must find it again."""
+    recorded = torch.compiler.is_compiling() or (old.is_cuda and torch.cuda.is_current_stream_capturing())
+    return old.copy_(new) if recorded and not torch.is_grad_enabled() else new
+
+
+class LayerHooks:
+    """Couples one layer's adapter to its attention module. Without an adapter, only takes the call out."""
+
+    def __init__(self, layer: AttentionLayer, adapter: DeltaMemory | None):
+        self.layer, self.adapter = layer, adapter
+
+    def attach(self) -> list[Any]:
+        """Puts the hooks on; returns their handles."""
+        handles = [self.layer.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)]
+        if self.adapter is not None:
+            by_path: dict[str, list[str]] = {}
+            for head in self.adapter.config.heads:
+                by_path.setdefault(self.layer.slots[head].path, []).append(head)
+            for path, heads in by_path.items():
+                module = self.layer.module.get_submodule(path)
+                handles.append(module.register_forward_hook(partial(self.after_projection, heads)))
+        return handles
+
+    def before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        call = kwargs.pop(CALL, None)
+        _reading.now = None  # also whatever an exception inside another layer left behind
+        if call is not None and self.adapter is not None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            reads = call.advance(self.layer.index, self.adapter, self.adapter.project(hidden))
+            _reading.now = (self.adapter, reads)
+        return args, kwargs
+
+    def after_projection(self, heads: list[str], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if getattr(_reading, "now", None) is None or _reading.now[0] is not self.adapter:
+            return output
+        reads = _reading.now[1]
+        for head in heads:
+            part = self.layer.slots[head].view(output, -1)
+            corrected = self.adapter.correct(head, reads, part.flatten(reads.dim() - 1))
+            if part is output:
+                output = corrected
+            else:
+                part.copy_(corrected.view(part.shape))
+        return output

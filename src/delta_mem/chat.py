@@ -1,0 +1,414 @@
+"""`ChatSession`: a conversation whose old turns leave the context and stay in the memory.
+
+    chat = ChatSession(model, tokenizer, window=2)
+    chat.send("My sister Ada lives in Lisbon.")
+    for piece in chat.stream("Where does my sister live?"):
+        print(piece, end="")
+
+The context holds the system prompt and the last `window` messages. Every message's own tokens are written
+into the memory exactly once, when the message is new; when they are read again as part of the context, they
+are only read. System prompts and the chat template's glue are never written. A reply is written token by
+token while it is generated, and its last token, which `generate` leaves unfed, right after.
+
+Whatever fails leaves the session as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import TextStreamer
+
+from .backbones import causal_lm
+from .files import check_header, read_json, write_atomically
+from .model import DeltaMemModel
+from .segments import Encoded, encode_messages
+from .state import MemoryState
+
+FORMAT = "delta-mem-session"
+FORMAT_VERSION = 1
+SESSION_FILE = "session.json"
+
+
+class ChatSession:
+    """One conversation of one user with a `DeltaMemModel`.
+
+    Args:
+        model: the model; any number of sessions may share it, in any number of threads.
+        tokenizer: a tokenizer with a chat template.
+        memory: what the session remembers, batch size 1, advanced in place; None: an empty one.
+        window: messages kept in the context, the new one included (at least 1); None: all of them.
+        system: a system prompt; always in the context, never written.
+        generate_kwargs: defaults for every reply, such as `max_new_tokens` (512 unless said), `do_sample`.
+
+    Attributes:
+        messages: [{"role": …, "content": …}, …], the whole conversation, the system prompt first.
+        memory: the memory.
+        window: may be changed at any time.
+
+    Raises:
+        ValueError: no chat template, a memory of more than one row, or a window below 1.
+    """
+
+    def __init__(
+        self,
+        model: DeltaMemModel,
+        tokenizer: Any,
+        memory: MemoryState | None = None,
+        window: int | None = None,
+        system: str | None = None,
+        **generate_kwargs: Any,
+    ):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template.")
+        memory = model.new_memory() if memory is None else memory
+        if memory.batch_size != 1:
+            raise ValueError(
+                f"a chat has a memory of one row, this one has {memory.batch_size}: pass memory[i]."
+            )
+        self.model, self.tokenizer, self.memory = model, tokenizer, memory
+        self.window = window
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.generate_kwargs = generate_kwargs
+        self._before: tuple[MemoryState, int] | None = None  # memory and messages before the last reply
+        self._cache: tuple[Any, list[int]] | None = None  # KV cache of the last call, and its ids
+        self._busy = threading.Lock()
+
+    @property
+    def window(self) -> int | None:
+        return self._window
+
+    @window.setter
+    def window(self, window: int | None) -> None:
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be None or an integer of at least 1, got {window!r}.")
+        self._window = window
+
+    # ---- talking ---------------------------------------------------------------------------------
+
+    def send(self, text: str, **generate_kwargs: Any) -> str:
+        """Says `text` as the user and returns the reply.
+
+        Args:
+            text: the user's message.
+            generate_kwargs: any of `generate`'s, for this reply only.
+
+        Raises:
+            ValueError: an empty message, or one that the chat template does not take.
+        """
+        with self._alone():
+            return self._reply(_user_message(text), generate_kwargs)
+
+    def stream(self, text: str, **generate_kwargs: Any) -> Iterator[str]:
+        """Says `text` and yields the reply piece by piece, as it is generated.
+
+        Closing the iterator early (`break`, Ctrl-C) stops the model after the token it is at. What was
+        said until then stays, as the reply in `messages` and in the memory.
+        """
+        message = _user_message(text)
+        with self._alone():
+            yield from self._stream(message, generate_kwargs)
+
+    def add(self, role: str, content: str) -> None:
+        """Takes in a message without replying: a transcript's line, a document, a tool's result.
+
+        It is read with the context of its turn, and written into the memory.
+        """
+        with self._alone():
+            message = {"role": role, "content": content}
+            self._take_turn([*self.messages, message], len(self.messages))
+            self._before = None
+
+    def regenerate(self, **generate_kwargs: Any) -> str:
+        """Takes the last reply back, out of the memory too, and replies anew.
+
+        Raises:
+            ValueError: there is no reply to take back.
+        """
+        with self._alone():
+            if self._before is None:
+                raise ValueError("there is no reply to regenerate.")
+            memory, count = self._before
+            undone = copy.copy(self)
+            undone.memory, undone.messages = memory.fork(), self.messages[:count]
+            reply = undone._reply(self.messages[count], generate_kwargs)
+            self._take_over(undone)
+            return reply
+
+    def reset(self) -> None:
+        """Forgets the conversation and the memory; the system prompt stays."""
+        with self._alone():
+            self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+            self.memory.reset()
+            self._before = self._cache = None
+
+    def fork(self) -> ChatSession:
+        """An independent session with the same past."""
+        with self._alone():
+            other = ChatSession(self.model, self.tokenizer, self.memory.fork(), self.window)
+            other.generate_kwargs = dict(self.generate_kwargs)
+            other.messages = copy.deepcopy(self.messages)
+            if self._before is not None:
+                other._before = (self._before[0].fork(), self._before[1])
+            return other
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Saves messages and memory to a folder. `session.json` is replaced last: a crash loses nothing."""
+        with self._alone():
+            folder = Path(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            memories = {"memory": self.memory}
+            if self._before is not None:
+                memories["before"] = self._before[0]
+            files = {}
+            for name, memory in memories.items():
+                data = memory.to_bytes()
+                # Named by its place in the conversation, so that an older save is never overwritten.
+                files[name] = f"{name}-{len(self.messages)}-{os.urandom(4).hex()}.safetensors"
+                write_atomically(folder / files[name], data)
+            values = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "window": self.window,
+                "messages": self.messages,
+                "memory": files["memory"],
+                "before": None
+                if self._before is None
+                else {"memory": files["before"], "messages": self._before[1]},
+            }
+            write_atomically(folder / SESSION_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            for kind in ("memory", "before"):
+                for old in folder.glob(f"{kind}-*.safetensors"):
+                    if old.name not in files.values():
+                        old.unlink()
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, model: DeltaMemModel, tokenizer: Any, **generate_kwargs: Any
+    ) -> ChatSession:
+        """A session that `save` saved, to go on with.
+
+        Raises:
+            FileNotFoundError: no session there.
+            AdapterFormatError: a broken file; file and field are named.
+            IncompatibleMemoryError: its memory was written by another adapter.
+        """
+        folder = Path(path)
+        file = folder / SESSION_FILE
+        values = read_json(file)
+        check_header(file, values, FORMAT, FORMAT_VERSION, ("window", "messages", "memory", "before"))
+
+        def memory(name):
+            loaded = MemoryState.load(folder / name, device=model.new_memory().tokens_written.device)
+            model.check_memory(loaded, 1)
+            return loaded
+
+        session = cls(model, tokenizer, memory(values["memory"]), values["window"], **generate_kwargs)
+        session.messages = values["messages"]
+        if values["before"] is not None:
+            session._before = (memory(values["before"]["memory"]), values["before"]["messages"])
+        return session
+
+    # ---- one turn --------------------------------------------------------------------------------
+
+    def _reply(self, message: dict, generate_kwargs: dict, streamer=None, stop=None) -> str:
+        """Takes `message` in, generates the reply and takes that in too."""
+        before, count = self.memory.fork(), len(self.messages)
+        options = {"max_new_tokens": 512, **self.generate_kwargs, **generate_kwargs}
+        if stop is not None:
+            criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+            options["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
+        reply = self._take_turn([*self.messages, message], count, {**options, "streamer": streamer})
+        self._before = (before, count)
+        return reply
+
+    def _take_turn(self, messages: list[dict], first_new: int, options: dict | None = None) -> str:
+        """Writes messages from `first_new` on and, given `options`, generates a reply.
+
+        Memory, messages and cache change together at the end, or not at all.
+        """
+        ids, write, segments = self._context(messages, first_new, add_generation_prompt=options is not None)
+        cache, past = self._reusable_cache(ids, write)
+        self._cache = None  # until the turn is over: an exception would leave it half filled
+        memory, device = self.memory.fork(), self.model.device
+        inputs = torch.tensor([ids], device=device)
+        write, segments = torch.tensor([write], device=device), torch.tensor([segments], device=device)
+        mask = torch.ones_like(inputs)
+        reply = ""
+        with torch.no_grad():
+            if options is None:
+                self.model(
+                    inputs[:, past:], mask, memory=memory, write=write[:, past:],
+                    segment_ids=segments[:, past:], past_key_values=cache, use_cache=True,
+                    **self.model.last_logit_only(),
+                )  # fmt: skip
+            else:
+                ends = self._end_ids(options)
+                output = self.model.generate(
+                    inputs, memory=memory, write=write, segment_ids=segments, keep_segment_open=True,
+                    attention_mask=mask, past_key_values=cache, use_cache=True,
+                    return_dict_in_generate=True, num_beams=1, num_return_sequences=1,
+                    eos_token_id=ends, pad_token_id=self._pad_id(ends),
+                    **{key: value for key, value in options.items() if value is not None},
+                )  # fmt: skip
+                ids = output.sequences[0].tolist()
+                self._take_last_token(ids, ends, memory, cache, segments)
+                said = ids[inputs.shape[1] :]
+                reply = self.tokenizer.decode(said, skip_special_tokens=True)
+                messages = [*messages, {"role": "assistant", "content": reply}]
+        self._cache = (cache, ids[: cache.get_seq_length()])
+        self.memory.assign(memory)
+        self.messages = messages
+        return reply
+
+    def _take_last_token(self, ids: list[int], ends: list[int], memory, cache, segments: Tensor) -> None:
+        """Feeds the token that `generate` sampled last, unless it only says that the reply is over."""
+        if ids[-1] in ends:
+            self.model.close_segment(memory)
+            return
+        token = torch.tensor([ids[-1:]], device=segments.device)
+        self.model(
+            token, torch.ones(1, len(ids), dtype=torch.int64, device=token.device), memory=memory,
+            segment_ids=segments.amax(1, keepdim=True) + 1, past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+
+    def _context(
+        self, messages: list[dict], first_new: int, add_generation_prompt: bool
+    ) -> tuple[list[int], list[bool], list[int]]:
+        """ids, which of them to write, and their segments, of what the model is to see."""
+        system = [i for i, message in enumerate(messages[:1]) if message["role"] == "system"]
+        turns = range(len(system), len(messages))
+        kept = [*system, *turns[-self.window if self.window else 0 :]]
+        try:
+            encoded = self._encode([messages[i] for i in kept], add_generation_prompt)
+        except TemplateError:
+            # Some templates want a conversation to begin with the user.
+            head = kept[len(system)]
+            if messages[head]["role"] != "assistant" or head >= first_new:
+                raise
+            kept.remove(head)
+            encoded = self._encode([messages[i] for i in kept], add_generation_prompt)
+        ids, segments, owners = (column.tolist() for column in encoded)
+        write = [
+            segment >= 0 and kept[message] >= first_new
+            for segment, message in zip(segments, owners, strict=True)
+        ]
+        return ids, write, segments
+
+    def _encode(self, messages: list[dict], add_generation_prompt: bool) -> Encoded:
+        return encode_messages(self.tokenizer, messages, self.model.delta_config.write, add_generation_prompt)
+
+    def _reusable_cache(self, ids: list[int], write: list[bool]) -> tuple[Any, int]:
+        """The last call's KV cache as far as it fits the new context, and how many tokens that is.
+
+        Tokens that are to be written must go through the model, and at least one must.
+        """
+        fresh = DynamicCache(config=causal_lm(self.model.backbone).config), 0
+        if self._cache is None:
+            return fresh
+        cache, cached = self._cache
+        limit = min(len(ids) - 1, len(cached), write.index(True) if True in write else len(ids))
+        past = next((i for i in range(limit) if ids[i] != cached[i]), limit)
+        surplus = len(cached) - past
+        if surplus and not cache.is_croppable:
+            return fresh
+        if surplus:
+            cache.crop(-surplus)
+        return cache, past
+
+    def _end_ids(self, options: dict) -> list[int]:
+        given = options.pop("eos_token_id", None)
+        given = self.model.generation_config.eos_token_id if given is None else given
+        ends = given if isinstance(given, list) else [] if given is None else [given]
+        own = self.tokenizer.eos_token_id
+        return ends if own is None or own in ends else [*ends, own]
+
+    def _pad_id(self, ends: list[int]) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else ends[0] if ends else 0
+
+    # ---- streaming -------------------------------------------------------------------------------
+
+    def _stream(self, message: dict, generate_kwargs: dict) -> Iterator[str]:
+        pieces = _Pieces(self.tokenizer)
+        stop = _Stop()
+
+        def run():
+            try:
+                self._reply(message, generate_kwargs, pieces, stop)
+            except BaseException as error:  # handed to the thread that reads
+                pieces.queue.put(error)
+            finally:
+                pieces.queue.put(None)
+
+        thread = threading.Thread(target=run, name="delta-mem-stream", daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.queue.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            stop.now = True
+            thread.join()
+
+    def _alone(self) -> _Alone:
+        return _Alone(self._busy)
+
+    def _take_over(self, other: ChatSession) -> None:
+        self.memory.assign(other.memory)
+        self.messages, self._before, self._cache = other.messages, other._before, other._cache
+
+
+class _Alone:
+    """Holds a session for one operation at a time; a second one is told, not made to wait."""
+
+    def __init__(self, lock: threading.Lock):
+        self.lock = lock
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError("this session is busy: finish or close the running stream first.")
+
+    def __exit__(self, *error: Any) -> None:
+        self.lock.release()
+
+
+class _Pieces(TextStreamer):
+    """Puts the reply's text, piece by piece, into a queue."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.queue: queue.Queue[str | BaseException | None] = queue.Queue()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.queue.put(text)
+
+
+class _Stop(StoppingCriteria):
+    """Ends a generation from outside."""
+
+    now = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
+
+
+def _user_message(text: str) -> dict[str, str]:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("the message is empty.")
+    return {"role": "user", "content": text}

@@ -1,0 +1,467 @@
+"""Adapter files: our format and the authors', read and written.
+
+Ours is a folder: `delta_mem_config.json` (the settings, and what backbone they are for),
+`delta_mem.safetensors` (weights by layer and name) and `README.md` (a model card). The authors' is
+`delta_mem_config.json` with their field names and `delta_mem_adapter.pt`, a pickle, which is only ever
+read with `weights_only=True`. An `Adapter` is either, in memory: settings and plain tensors, without a
+model, so that `delta-mem info` and `delta-mem convert` need no backbone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from .config import HEADS, DeltaMemConfig
+from .errors import AdapterFormatError
+from .files import check_header, checksum, read_json, write_atomically
+
+if TYPE_CHECKING:
+    from .model import DeltaMemModel
+
+CONFIG_FILE = "delta_mem_config.json"
+WEIGHTS_FILE = "delta_mem.safetensors"
+OFFICIAL_WEIGHTS_FILE = "delta_mem_adapter.pt"
+FORMAT = "delta-mem-adapter"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Adapter:
+    """A trained adapter, without a model.
+
+    Attributes:
+        config: its settings.
+        weights: {"layers.<index>.<name>": tensor}, with names query_proj, key_proj, value_proj,
+            beta_proj, beta_bias, lambda_proj, lambda_bias, delta_q … delta_o, scale_raw, o_norm_weight.
+        backbone: what is known of the backbone: name_or_path, model_type, hidden_size,
+            num_hidden_layers, and `heads`: {q, k, v, o: width of the projection's output}.
+        source: the file the weights came from, for error messages.
+        official: whether that file is in the authors' format.
+    """
+
+    config: DeltaMemConfig
+    weights: dict[str, Tensor]
+    backbone: dict[str, Any] = field(default_factory=dict)
+    source: str = "adapter"
+    official: bool = False
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers with a memory."""
+        return sorted({int(name.split(".")[1]) for name in self.weights})
+
+
+# ---- between a model and an Adapter ---------------------------------------------------------------
+
+
+def adapter_of(model: DeltaMemModel) -> Adapter:
+    """The adapter of a model; its weights are copies on the CPU."""
+    from .backbones import find_attention_layers, head_sizes
+
+    weights = {}
+    for index, adapter in model.adapters.items():
+        for name, tensor in _named(adapter).items():
+            weights[f"layers.{index}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    config = model.config.get_text_config(decoder=True)
+    found = find_attention_layers(model.backbone)
+    sizes = head_sizes(found[int(next(iter(model.adapters)))])
+    return Adapter(
+        model.delta_config,
+        weights,
+        {
+            "name_or_path": getattr(model.config, "_name_or_path", ""),
+            "model_type": config.model_type,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "heads": {head: size for head, (_, size) in sizes.items()},
+        },
+    )
+
+
+@torch.no_grad()
+def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
+    """Copies an adapter's weights into a model.
+
+    Raises:
+        AdapterFormatError: tensors are missing, left over or of another shape; nothing is changed.
+    """
+    targets = {
+        f"layers.{index}.{name}": tensor
+        for index, module in model.adapters.items()
+        for name, tensor in _named(module).items()
+    }
+    for name, target in targets.items():
+        if name not in adapter.weights:
+            raise AdapterFormatError(f"{adapter.source}: {name}: missing.")
+        if adapter.weights[name].shape != target.shape:
+            raise AdapterFormatError(
+                f"{adapter.source}: {name}: is {list(adapter.weights[name].shape)}, this backbone and "
+                f"config need {list(target.shape)}."
+            )
+    left_over = sorted(set(adapter.weights) - set(targets))
+    if left_over:
+        raise AdapterFormatError(
+            f"{adapter.source}: {left_over[0]}: no such weight in this backbone and config."
+        )
+    for name, target in targets.items():
+        target.copy_(adapter.weights[name])
+
+
+def _named(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A layer's weights under their names in files; views of the parameters."""
+    named = {f"{name}_proj": tensor for name, tensor in module.split_in_proj().items()}
+    named |= {f"{name}_bias": tensor for name, tensor in module.split_gate_bias().items()}
+    parts = ("in_proj", "gate_bias")
+    return named | {name: p for name, p in module.named_parameters() if name not in parts}
+
+
+# ---- folders ---------------------------------------------------------------------------------------
+
+
+def load_adapter(path: str | os.PathLike, **hub_kwargs: Any) -> Adapter:
+    """Reads an adapter folder, or downloads it from the hub; our format or the authors'.
+
+    Raises:
+        FileNotFoundError: neither a folder with an adapter nor a repository on the hub.
+        AdapterFormatError: a broken or foreign file; file and field are named.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _download(os.fspath(path), hub_kwargs)
+    config_file = folder / CONFIG_FILE
+    if not config_file.exists():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is not a delta-mem adapter.")
+    values = read_json(config_file)
+    if "format" in values:
+        return _load_ours(folder, values)
+    return _load_official(folder, values)
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
+    """Writes an adapter folder in our format. Each file is replaced whole, the config last."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": adapter.config.to_dict(),
+        "backbone": adapter.backbone,
+    }
+    metadata = {"format": FORMAT, "sha256": checksum(adapter.weights)}
+    write_atomically(folder / WEIGHTS_FILE, save_tensors(adapter.weights, metadata))
+    write_atomically(folder / "README.md", model_card(adapter))
+    write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+
+
+def _load_ours(folder: Path, values: dict[str, Any]) -> Adapter:
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    check_header(config_file, values, FORMAT, FORMAT_VERSION, ("config", "backbone"))
+    config = _config(config_file, values["config"])
+    if not weights_file.exists():
+        raise AdapterFormatError(f"{weights_file}: missing.")
+    try:
+        with safe_open(weights_file, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise AdapterFormatError(f"{weights_file}: not a whole safetensors file ({error}).") from None
+    if metadata.get("sha256") != checksum(weights):
+        raise AdapterFormatError(f"{weights_file}: sha256: the contents are not those that were saved.")
+    return Adapter(config, weights, values["backbone"], str(weights_file))
+
+
+def _config(file: Path, values: Mapping[str, Any]) -> DeltaMemConfig:
+    try:
+        return DeltaMemConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise AdapterFormatError(f"{file}: {error}") from None
+
+
+# ---- the authors' format ---------------------------------------------------------------------------
+
+_OFFICIAL_UPDATES = {
+    "standard": "standard",
+    "lambda_outside": "decay_outside",
+    "no_lambda": "no_decay",
+}
+_OFFICIAL_WRITES = {"token": "token", "message_mean": "message", "sentence_mean": "sentence"}
+_OFFICIAL_INITS = {
+    "base_slice_fixed": "base_slice",
+    "base_slice": "base_slice",
+    "zero": "zero",
+    "random": "random",
+}
+
+# Fields of removed experiments: they mean nothing at these values, and are refused at any other.
+_OFFICIAL_LEFTOVERS: dict[str, Any] = {
+    "normalize_qk": True,
+    "base_slice_ref_width": 8,
+    "num_memory_partitions": 1,
+    "num_global_memory_partitions": 0,
+    "memory_partition_routing": "soft",
+    "memory_partition_basis": "shared",
+    "tie_memory_partition_read_write": False,
+    "memory_partition_read_mode": "softmax",
+    "memory_partition_sigmoid_gate_bias_init": -2.0,
+    "slot_read_top_k": 0,
+    "global_memory_mode": "shared_rw",
+    "global_memory_read_top_k": 0,
+    "global_memory_merge_mode": "gated_residual",
+    "global_memory_gate_bias_init": -2.0,
+    "global_memory_read_logit_bias": 0.0,
+    "memory_reader_layers": [],
+    "memory_reader_hidden_size": 1024,
+    "memory_reader_residual_scale": 0.1,
+    "memory_reader_read_only": True,
+    "memory_readout_mode": "delta",
+    "memory_write_source": "learned_hidden",
+    "memory_write_proposals_per_message": 2,
+    "synthetic_memory_slots": 1,
+    "latent_memory_layers": [],
+    "latent_memory_hidden_size": 1024,
+    "latent_memory_residual_scale": 0.1,
+    "latent_memory_slots": 4,
+    "latent_memory_init_std": 0.002,
+    "latent_gate_init": 0.01,
+    "target_modules": ["self_attn"],
+    "delta_scale_parameterization": "alpha_over_rank",
+}
+
+_OFFICIAL_NAMES = {
+    "memory_q_proj": "query_proj",
+    "memory_k_proj": "key_proj",
+    "memory_v_proj": "value_proj",
+    "beta_proj": "beta_proj",
+    "beta_bias": "beta_bias",
+    "lambda_proj": "lambda_proj",
+    "lambda_bias": "lambda_bias",
+    **{f"delta_{head}_proj": f"delta_{head}" for head in HEADS},
+    "delta_scale_raw": "scale_raw",
+    "delta_o_rmsnorm_weight": "o_norm_weight",
+}
+_OFFICIAL_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.(\w+)")
+
+
+def config_from_official(values: Mapping[str, Any], file: str | os.PathLike = CONFIG_FILE) -> DeltaMemConfig:
+    """Our config of the authors' fields.
+
+    Raises:
+        AdapterFormatError: an unknown field, or a leftover one away from its default; it is named.
+    """
+    values = dict(values)
+
+    def choice(name, table, default):
+        given = values.pop(name, default)
+        if given not in table:
+            raise AdapterFormatError(f"{file}: {name}: {given!r} is none of {', '.join(table)}.")
+        return table[given]
+
+    scaled = values.pop("trainable_delta_scale", False)
+    granularity = choice("delta_scale_granularity", {"layer": "layer", "head": "head"}, "layer")
+    fields = {
+        "update": choice("state_update_mode", _OFFICIAL_UPDATES, "standard"),
+        "write": choice("memory_write_granularity", _OFFICIAL_WRITES, "token"),
+        "init": choice("output_init", _OFFICIAL_INITS, "base_slice_fixed"),
+        "layers": values.pop("target_layers", None) or None,
+        "trainable_scale": granularity if scaled else None,
+    }
+    for theirs, ours in (
+        ("rank", "rank"),
+        ("alpha", "alpha"),
+        ("num_state_heads", "num_states"),
+        ("delta_heads", "heads"),
+        ("couple_lambda", "tied_gates"),
+        ("rankwise_gates", "per_row_gates"),
+        ("beta_bias_init", "gate_bias"),
+        ("online_gain", "init_gain"),
+        ("delta_o_rmsnorm", "o_norm"),
+        ("delta_o_rmsnorm_eps", "o_norm_eps"),
+        ("delta_scale_init", "scale_init"),
+        ("delta_scale_max", "scale_max"),
+    ):
+        if theirs in values:
+            fields[ours] = values.pop(theirs)
+    for name, value in values.items():
+        if name not in _OFFICIAL_LEFTOVERS:
+            raise AdapterFormatError(f"{file}: {name}: unknown field.")
+        if value != _OFFICIAL_LEFTOVERS[name]:
+            raise AdapterFormatError(
+                f"{file}: {name}: {value!r} belongs to an experiment that delta-mem does not have "
+                f"(only {_OFFICIAL_LEFTOVERS[name]!r} is read)."
+            )
+    return _config(Path(file), fields)
+
+
+def config_to_official(config: DeltaMemConfig) -> dict[str, Any]:
+    """The authors' fields of our config."""
+
+    def name(table, value):
+        return next(theirs for theirs, ours in table.items() if ours == value)
+
+    return {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "beta_bias_init": config.gate_bias,
+        "couple_lambda": config.tied_gates,
+        "state_update_mode": name(_OFFICIAL_UPDATES, config.update),
+        "rankwise_gates": config.per_row_gates,
+        "output_init": name(_OFFICIAL_INITS, config.init),
+        "online_gain": config.init_gain,
+        "num_state_heads": config.num_states,
+        "memory_write_granularity": name(_OFFICIAL_WRITES, config.write),
+        "target_layers": list(config.layers or ()),
+        "delta_heads": list(config.heads),
+        "delta_o_rmsnorm": config.o_norm,
+        "delta_o_rmsnorm_eps": config.o_norm_eps,
+        "trainable_delta_scale": config.trainable_scale is not None,
+        "delta_scale_init": config.scale_init,
+        "delta_scale_max": config.scale_max,
+        "delta_scale_granularity": config.trainable_scale or "layer",
+        **_OFFICIAL_LEFTOVERS,
+    }
+
+
+def _load_official(folder: Path, values: dict[str, Any]) -> Adapter:
+    weights_file = folder / OFFICIAL_WEIGHTS_FILE
+    config = config_from_official(values, folder / CONFIG_FILE)
+    if not weights_file.exists():
+        raise AdapterFormatError(f"{weights_file}: missing.")
+    try:
+        stored = torch.load(weights_file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise AdapterFormatError(
+            f"{weights_file}: holds pickled code, not only tensors; it was not run, and is not read."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise AdapterFormatError(f"{weights_file}: not a whole torch file ({error}).") from None
+    if not isinstance(stored, dict):
+        raise AdapterFormatError(f"{weights_file}: holds a {type(stored).__name__}, not a dict of tensors.")
+    weights, sizes, widest = {}, {}, 0
+    for key, tensor in stored.items():
+        match = _OFFICIAL_KEY.fullmatch(key) if isinstance(key, str) else None
+        name = _OFFICIAL_NAMES.get(match[2]) if match else None
+        if name is None or not isinstance(tensor, Tensor):
+            raise AdapterFormatError(f"{weights_file}: {key}: not a weight of a δ-mem adapter.")
+        if name.startswith("delta_"):
+            sizes[name[-1]] = tensor.shape[0]
+            # The authors store all four corrections, also those of heads that are not used.
+            if name[-1] not in config.heads:
+                continue
+        if name == "query_proj":
+            widest = tensor.shape[1]
+        weights[f"layers.{match[1]}.{name}"] = tensor.reshape(-1) if name == "scale_raw" else tensor
+    backbone = {"hidden_size": widest, "heads": sizes}
+    return Adapter(config, weights, backbone, str(weights_file), official=True)
+
+
+def save_official(adapter: Adapter, path: str | os.PathLike) -> None:
+    """Writes an adapter folder in the authors' format.
+
+    Theirs stores all four corrections; those that this adapter has not are written as zeros.
+
+    Raises:
+        AdapterFormatError: the widths of those projections are not known.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs = {ours: name for name, ours in _OFFICIAL_NAMES.items()}
+    stored = {}
+    for index in adapter.layers:
+        prefix = f"layers.{index}."
+        own = {k.removeprefix(prefix): v for k, v in adapter.weights.items() if k.startswith(prefix)}
+        for head in HEADS:
+            if f"delta_{head}" not in own:
+                size = adapter.backbone.get("heads", {}).get(head)
+                if size is None:
+                    raise AdapterFormatError(
+                        f"{adapter.source}: the width of the {head} projection is not known."
+                    )
+                own[f"delta_{head}"] = torch.zeros(size, adapter.config.width)
+        stored |= {f"model.layers.{index}.self_attn.{theirs[name]}": own[name] for name in own}
+    with tempfile.SpooledTemporaryFile() as buffer:
+        torch.save(stored, buffer)
+        buffer.seek(0)
+        write_atomically(folder / OFFICIAL_WEIGHTS_FILE, buffer.read())
+    values = config_to_official(adapter.config)
+    write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+
+
+# ---- the hub ---------------------------------------------------------------------------------------
+
+
+def _download(repo_id: str, hub_kwargs: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    files = [CONFIG_FILE, WEIGHTS_FILE, OFFICIAL_WEIGHTS_FILE]
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=files, **hub_kwargs))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a folder here nor to be had from the hub ({reason})."
+        ) from None
+
+
+def push_to_hub(
+    adapter: Adapter, repo_id: str, private: bool | None, token: str | None, commit_message: str
+) -> str:
+    """Uploads an adapter folder in our format. Returns the commit's URL."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(adapter, folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+    return commit.commit_url
+
+
+def model_card(adapter: Adapter) -> str:
+    """README.md of an adapter folder: front matter for the hub, what it is, how to load it."""
+    name = adapter.backbone.get("name_or_path") or ""
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    front = ["library_name: delta-mem", "tags:", "- delta-mem", "- memory"]
+    if on_hub:
+        front.insert(1, f"base_model: {name}")
+    parameters = sum(tensor.numel() for tensor in adapter.weights.values())
+    config = adapter.config
+    rows = "\n".join(f"| {key} | `{value}` |" for key, value in config.to_dict().items())
+    state = len(adapter.layers) * config.num_states * config.rank**2 * 4
+    return f"""---
+{chr(10).join(front)}
+---
+
+# δ-mem adapter for {name or adapter.backbone.get("model_type", "a frozen backbone")}
+
+An online memory beside the attention layers of a frozen language model
+([arXiv 2605.12357](https://arxiv.org/abs/2605.12357)): {parameters:,} trained parameters, and
+{state:,} bytes of memory a conversation.
+
+```python
+import delta_mem as dm
+from transformers import AutoModelForCausalLM
+
+backbone = AutoModelForCausalLM.from_pretrained({(name or "the-backbone")!r})
+model = dm.DeltaMemModel.from_pretrained(backbone, "path/or/hub-id of this adapter")
+memory = model.new_memory()
+```
+
+| setting | value |
+| --- | --- |
+{rows}
+"""

@@ -1,0 +1,81 @@
+"""Files that a crash leaves whole, headers that say what they are, and checksums that notice a changed byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterFormatError
+
+
+def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
+    """Writes `data` to `path` by way of a temporary name, so that a crash leaves the old file whole."""
+    if isinstance(data, str):
+        data = data.encode()
+    path = os.fspath(path)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".delta-mem-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; give it the rights that open() would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        AdapterFormatError: not JSON, or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterFormatError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise AdapterFormatError(f"{path}: holds a {type(values).__name__}, not an object.")
+    return values
+
+
+def check_header(
+    path: str | os.PathLike, values: Mapping[str, Any], format: str, version: Any, fields: Iterable[str]
+) -> None:
+    """Sees that a file's `values` are of this format and version and have these fields.
+
+    Raises:
+        AdapterFormatError: they are not; file and field are named.
+    """
+    if values.get("format") != format:
+        raise AdapterFormatError(f"{path}: format: {values.get('format')!r} is not {format!r}.")
+    if values.get("format_version") != version:
+        raise AdapterFormatError(
+            f"{path}: format_version: {values.get('format_version')!r}; this release reads {version!r}."
+        )
+    for field in fields:
+        if field not in values:
+            raise AdapterFormatError(f"{path}: {field}: missing.")
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and contents, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,324 @@
+"""One layer's memory: its weights, and how a layer's input becomes a reading and a write.
+
+The reader's path through one call, for one layer, on its attention's input h [batch, tokens, hidden]:
+
+    project        h -> z, the inputs of everything below, in one matrix product
+    activate       z -> q, k, v and the gates                        (DESIGN: tanh, l2 norm, sigmoid)
+    advance        reads and writes the state, by `ops.delta_rule`
+    correct        a reading -> the correction of q, k, v or o       (alpha / r * s * W_delta m)
+
+`WritePlan` says, once for all layers, which tokens read, which write, and where segments end.
+Under segment writes (SSW) the mean of a segment's tokens is written once, when the segment ends. All its
+tokens read what the segments before have left, and a read comes before the write of the same token;
+so it is the recurrence of token writes with every write but the one at a segment's last token held back,
+and that one made of the mean. Means are taken of z: a mean of projections is the projection of the mean.
+
+A `DeltaMemory` holds weights only. States come in and go out as values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import HEADS, DeltaMemConfig
+from .ops import delta_rule
+from .state import MemoryState
+
+NORM_EPS = 1e-6
+
+
+@dataclass
+class WritePlan:
+    """Who reads and who writes in one call, for all layers alike. Built by `plan_writes`.
+
+    Attributes:
+        mask: bool [batch, tokens]: False for padding, which neither reads nor writes; None: no padding.
+        writes: bool [batch, tokens]: tokens that write; None: nobody does.
+        segments: where segments begin and end, under segment writes.
+        tokens: int64 [batch]: tokens that this call writes.
+    """
+
+    mask: Tensor | None
+    writes: Tensor | None
+    segments: SegmentPlan | None
+    tokens: Tensor | None
+
+
+@dataclass
+class SegmentPlan:
+    """Segments of one call. Index 0 is the segment left open by the call before; others follow.
+
+    Attributes:
+        closes: bool [batch]: rows whose open segment ended before this call's first token.
+        index: int64 [batch, tokens]: the segment a token belongs to.
+        member: bool [batch, tokens]: tokens that count in their segment's mean.
+        ends: bool [batch, tokens]: tokens at which a segment ends and is written.
+        open_before: float32 [batch]: tokens in the segment left open by the call before.
+        counts: float32 [batch, tokens + 1]: tokens in each segment.
+        last: int64 [batch]: the segment at the call's end.
+        stays_open: bool [batch]: rows whose last segment stays open.
+        open_count, open_ids: int64 [batch]: of the segments open when the call ends.
+    """
+
+    closes: Tensor
+    index: Tensor
+    member: Tensor
+    ends: Tensor
+    open_before: Tensor
+    counts: Tensor
+    last: Tensor
+    stays_open: Tensor
+    open_count: Tensor
+    open_ids: Tensor
+
+
+def plan_writes(
+    memory: MemoryState,
+    shape: tuple[int, int],
+    mask: Tensor | None,
+    write: Tensor | bool,
+    segment_ids: Tensor | None = None,
+    keep_segment_open: bool = False,
+) -> WritePlan:
+    """What each token of a call does.
+
+    Args:
+        memory: the memory that the call advances.
+        shape: (batch, tokens).
+        mask: bool [batch, tokens], False for padding; None for no padding.
+        write: bool [batch, tokens], or one bool for all. A token that does not write is as if it
+            were not there for the segments: it ends none.
+        segment_ids: int64 [batch, tokens]; None: all tokens are one segment. Id -1 is not written.
+        keep_segment_open: the last segment goes on in the next call.
+    """
+    if write is False:
+        return WritePlan(mask, None, None, None)
+    device = memory.tokens_written.device
+    writes = torch.ones(shape, dtype=torch.bool, device=device)
+    if mask is not None:
+        writes = writes & mask
+    if write is not True:
+        writes = writes & write
+    if memory.open_segment is None:
+        return WritePlan(mask, writes, None, writes.sum(1))
+
+    before = memory.open_segment
+    ids = torch.zeros(shape, dtype=torch.int64, device=device) if segment_ids is None else segment_ids
+    position = torch.arange(shape[1], device=device).expand(shape)
+    # The id of the writing token before each token, over gaps of padding and of read-only tokens.
+    seen = torch.where(writes, position, -1).cummax(1).values
+    before_token = F.pad(seen[:, :-1], (1, 0), value=-1)
+    open_id = torch.where(before.count > 0, before.ids, -1).unsqueeze(1)
+    id_before = torch.where(before_token < 0, open_id, ids.gather(1, before_token.clamp(min=0)))
+    index = (writes & (ids != id_before)).long().cumsum(1)
+    member = writes & (ids >= 0)
+
+    final = torch.full((shape[0], shape[1] + 1), -1, dtype=torch.int64, device=device)
+    final = final.scatter_reduce(1, index, torch.where(writes, position, -1), "amax")
+    last = index[:, -1]
+    ends = member & (position == final.gather(1, index))
+    any_writes = writes.any(1)
+    last_id = torch.where(any_writes, ids.gather(1, seen[:, -1:].clamp(min=0)).squeeze(1), open_id[:, 0])
+    closes = any_writes & (before.count > 0) & (final[:, 0] < 0)
+
+    open_before = before.count.float()
+    counts = torch.zeros(final.shape, device=device).scatter_add(1, index, member.float())
+    counts[:, 0] += open_before.masked_fill(closes, 0)
+    # A row that nobody writes to in this call is left as it is, its open segment included.
+    stays_open = ~any_writes | (last_id >= 0) if keep_segment_open else ~any_writes
+    if keep_segment_open:
+        ends = ends & (index != last.unsqueeze(1))
+    open_count = counts.gather(1, last.unsqueeze(1)).squeeze(1).long() * stays_open
+    segments = SegmentPlan(
+        closes, index, member, ends, open_before, counts, last, stays_open, open_count, last_id
+    )
+    return WritePlan(mask, writes, segments, member.sum(1))
+
+
+class DeltaMemory(nn.Module):
+    """The weights of one layer's memory (paper, section 3).
+
+    Bare parameters, not `nn.Linear`s, so that tools which rewrite a model's linear layers
+    (quantizers, LoRA on "all-linear") leave them alone. With r = rank, H = num_states, D = H * r and
+    G = D (one gate per row) or H (one per state):
+
+    * `in_proj` [3 D + G (+ G), hidden]: the rows of W_q, W_k, W_v, W_beta and, with untied gates, W_lambda.
+    * `gate_bias` [G (+ G)]: b_beta (and b_lambda).
+    * `delta_q`, `delta_k`, `delta_v`, `delta_o` [size of the projection's output, D], as configured.
+    * `scale_raw` [1 or 4] and `o_norm_weight` [hidden], if configured.
+
+    Args:
+        config: what to build.
+        hidden_size: width of the attention module's input.
+        head_sizes: {head: width of its projection's output}, for all heads in `config.heads`.
+    """
+
+    def __init__(self, config: DeltaMemConfig, hidden_size: int, head_sizes: dict[str, int]):
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        gates = config.width if config.per_row_gates else config.num_states
+        self.sections = {"query": config.width, "key": config.width, "value": config.width, "beta": gates}
+        if not config.tied_gates:
+            self.sections["lambda"] = gates
+        self.in_proj = nn.Parameter(torch.empty(sum(self.sections.values()), hidden_size))
+        self.gate_bias = nn.Parameter(torch.empty(gates * (1 if config.tied_gates else 2)))
+        for head in config.heads:
+            setattr(self, f"delta_{head}", nn.Parameter(torch.empty(head_sizes[head], config.width)))
+        if config.trainable_scale:
+            size = len(HEADS) if config.trainable_scale == "head" else 1
+            self.scale_raw = nn.Parameter(torch.empty(size))
+        if config.o_norm:
+            self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, heads={self.config.heads}, width={self.config.width}"
+
+    @torch.no_grad()
+    def reset_parameters(self, columns: dict[str, Tensor]) -> None:
+        """Initial weights, drawn from torch's random generator.
+
+        Args:
+            columns: {head: first columns of the backbone's projection weight [out, >= min(8, r)]},
+                used by `init="base_slice"`.
+        """
+        config = self.config
+        for weight in self.split_in_proj().values():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.split_in_proj()["beta"].zero_()
+        biases = self.split_gate_bias()
+        biases["beta"].fill_(config.gate_bias)
+        if not config.tied_gates:
+            self.split_in_proj()["lambda"].zero_()
+            biases["lambda"].fill_(-config.gate_bias)
+        for head in config.heads:
+            delta = getattr(self, f"delta_{head}").zero_()
+            if config.init == "base_slice":
+                first = columns[head][:, : min(8, config.rank)].to(delta)
+                delta[:, : first.shape[1]] = F.normalize(first, dim=0) * config.init_gain
+            elif config.init == "random":
+                delta.copy_(F.normalize(torch.randn_like(delta), dim=0) * config.init_gain)
+        if config.trainable_scale:
+            self.scale_raw.fill_(math.log(config.scale_init / (config.scale_max - config.scale_init)))
+        if config.o_norm:
+            self.o_norm_weight.fill_(1.0)
+
+    def split_in_proj(self) -> dict[str, Tensor]:
+        """{"query", "key", "value", "beta", "lambda"}: views of `in_proj`, [rows, hidden] each."""
+        return dict(zip(self.sections, self.in_proj.split(list(self.sections.values())), strict=True))
+
+    def split_gate_bias(self) -> dict[str, Tensor]:
+        """{"beta", "lambda"}: views of `gate_bias`, [G] each."""
+        names = [name for name in self.sections if name in ("beta", "lambda")]
+        return dict(zip(names, self.gate_bias.chunk(len(names)), strict=True))
+
+    # ---- the mechanism ---------------------------------------------------------------------------
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """z float32 [batch, tokens, 3 D + G (+ G)] of hidden [batch, tokens, hidden]."""
+        return F.linear(hidden, self.in_proj.to(hidden.dtype)).float()
+
+    def advance(
+        self, z: Tensor, state: Tensor, open_sum: Tensor | None, plan: WritePlan
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Reads and writes one layer's state over one call.
+
+        Args:
+            z: float32 [batch, tokens, features], from `project`.
+            state: float32 [batch, num_states, rank, rank].
+            open_sum: float32 [batch, features - D], the open segment's sum; None under token writes.
+            plan: which tokens read and write.
+
+        Returns:
+            reads float32 [batch, tokens, D]; the new state; the new open sum. None of the inputs changes.
+        """
+        query = _direction(self._by_state(z[..., : self.config.width]))
+        if plan.writes is None:
+            reads = torch.einsum("bhij,bthj->bthi", state, query)
+            if plan.mask is not None:
+                reads = reads * plan.mask[..., None, None]
+            return reads.flatten(2), state, open_sum
+
+        written, writes, segments = z[..., self.config.width :], plan.writes, plan.segments
+        if segments is not None:
+            state = self.close_segment(state, open_sum, segments.open_before, segments.closes)
+            written, open_sum = _segment_means(written, open_sum, segments)
+            writes = segments.ends
+        key, value, keep, erase, write = self._activate(written)
+        held = ~writes[..., None, None]
+        keep, erase, write = keep.masked_fill(held, 1), erase.masked_fill(held, 0), write.masked_fill(held, 0)
+        reads, state = delta_rule(query, key, value, keep, erase, write, state, plan.mask)
+        return reads.flatten(2), state, open_sum
+
+    def correct(self, head: str, reads: Tensor, output: Tensor) -> Tensor:
+        """`output` plus the correction of projection `head` by `reads`, in output's dtype.
+
+        Args:
+            head: one of the configured heads.
+            reads: float32 [batch, tokens, D].
+            output: [batch, tokens, size], what the projection gave.
+        """
+        weight = getattr(self, f"delta_{head}").to(output.dtype)
+        scale = self.config.alpha / self.config.rank
+        if self.config.trainable_scale:
+            index = HEADS.index(head) if self.config.trainable_scale == "head" else 0
+            reads = reads * (torch.sigmoid(self.scale_raw[index]) * self.config.scale_max)
+        reads = reads.to(output.dtype)
+        if head == "o" and self.config.o_norm:
+            delta = F.linear(reads, weight) * scale
+            norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=self.config.o_norm_eps)
+            return output + (norm * self.o_norm_weight).to(output.dtype)
+        flat = torch.addmm(output.flatten(0, -2), reads.flatten(0, -2), weight.t(), alpha=scale)
+        return flat.view(output.shape)
+
+    def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor) -> Tensor:
+        """The state after the open segment is written, in the rows (bool [batch]) where it is to be."""
+        mean = (open_sum / count.clamp(min=1).unsqueeze(1)).unsqueeze(1)
+        key, *rest = self._activate(mean)
+        _, closed = delta_rule(key, key, *rest, state)
+        return torch.where(rows[:, None, None, None], closed, state)
+
+    def _activate(self, written: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """key, value, keep, erase, write [batch, tokens, H, r] of z's part behind the query."""
+        config = self.config
+        parts = dict(
+            zip(list(self.sections)[1:], written.split(list(self.sections.values())[1:], -1), strict=True)
+        )
+        key = _direction(self._by_state(parts["key"]))
+        value = self._by_state(parts["value"])
+        biases = self.split_gate_bias()
+        beta = torch.sigmoid(self._by_state(parts["beta"] + biases["beta"].float())).expand_as(value)
+        if config.tied_gates:
+            keep = 1 - beta
+        else:
+            keep = torch.sigmoid(self._by_state(parts["lambda"] + biases["lambda"].float())).expand_as(value)
+        if config.update == "no_decay":
+            return key, value, torch.ones_like(beta), beta, beta
+        return key, value, keep, keep * beta if config.update == "decay_outside" else beta, beta
+
+    def _by_state(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., H, r]; per-state gates [..., H] -> [..., H, 1]."""
+        return x.unflatten(-1, (self.config.num_states, -1))
+
+
+def _direction(x: Tensor) -> Tensor:
+    """tanh, then unit length per state: queries and keys."""
+    return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS)
+
+
+def _segment_means(written: Tensor, open_sum: Tensor, segments: SegmentPlan) -> tuple[Tensor, Tensor]:
+    """The mean of each token's segment [batch, tokens, features], and the sums of the segments left open."""
+    index = segments.index.unsqueeze(-1).expand_as(written)
+    members = written * segments.member.unsqueeze(-1)
+    sums = written.new_zeros(written.shape[0], written.shape[1] + 1, written.shape[2])
+    sums = sums.scatter_add(1, index, members)
+    sums[:, 0] += open_sum.masked_fill(segments.closes.unsqueeze(1), 0)
+    counts = segments.counts.gather(1, segments.index).clamp(min=1)
+    last = segments.last[:, None, None].expand(-1, 1, written.shape[2])
+    left_open = sums.gather(1, last).squeeze(1) * segments.stays_open.unsqueeze(1)
+    return sums.gather(1, index) / counts.unsqueeze(-1), left_open

@@ -1,0 +1,568 @@
+"""`DeltaMemModel`: a frozen backbone with a memory beside its attention layers.
+
+    model = DeltaMemModel(backbone, DeltaMemConfig())          # a new adapter
+    model = DeltaMemModel.from_pretrained(backbone, "path")    # a trained one
+    memory = model.new_memory()
+    model.write(memory, input_ids)                             # the memory has now read this
+    ids = model.generate(prompt_ids, memory=memory)            # and answers from it
+
+The model holds weights; what it remembers is in the memory that is passed to each call. See
+`memory.py` for the mechanism, `backbones.py` for the coupling, `generation.py` for decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import generation
+from .backbones import (
+    CALL,
+    LayerHooks,
+    MemoryCall,
+    causal_lm,
+    find_attention_layers,
+    first_columns,
+    head_sizes,
+)
+from .config import DeltaMemConfig
+from .errors import IncompatibleMemoryError, UnsupportedBackboneError
+from .files import checksum
+from .memory import DeltaMemory
+from .state import MemoryState, OpenSegment
+
+
+class DeltaMemModel(nn.Module):
+    """A `transformers` decoder with an online memory (arXiv 2605.12357).
+
+    The backbone is frozen and hooked, not changed: `detach()` gives it back as it was. It may be
+    quantized, carry a PEFT adapter, or be of any family whose attention modules can be reached.
+
+    Args:
+        backbone: a loaded `transformers` causal language model, or a PEFT model around one.
+        config: settings of the new adapter; the defaults are the published adapter's.
+
+    Attributes:
+        backbone: the model given.
+        adapters: {str(layer index): DeltaMemory}, the trainable weights, float32.
+        delta_config: the adapter's settings. (`config` is the backbone's, as with PEFT.)
+
+    Raises:
+        UnsupportedBackboneError: the attention layers cannot be reached; classes are named.
+        ValueError: the backbone has a memory already, or `config.layers` names layers it has not.
+    """
+
+    def __init__(self, backbone: nn.Module, config: DeltaMemConfig | None = None):
+        super().__init__()
+        config = config or DeltaMemConfig()
+        found = find_attention_layers(backbone)
+        model = causal_lm(backbone)
+        if generation.before_forward in model._forward_pre_hooks.values():
+            raise ValueError("this backbone has a memory already; detach() that one first.")
+        missing = [index for index in config.layers or () if index not in found]
+        if missing:
+            raise ValueError(f"config.layers: no attention layer {missing}; there are {list(found)}.")
+
+        self.delta_config = config
+        adapters = {
+            index: _new_adapter(layer, config)
+            for index, layer in found.items()
+            if config.layers is None or index in config.layers
+        }
+        self.adapters = nn.ModuleDict({str(index): adapter for index, adapter in adapters.items()})
+        self.backbone = backbone
+        self.train(backbone.training)
+        self._enabled, self._attached = True, True
+        self._fingerprint: tuple[Any, str] | None = None
+        self._was_trainable = [p for p in backbone.parameters() if p.requires_grad]
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(False)
+
+        self._handles = [
+            model.register_forward_pre_hook(generation.before_forward, with_kwargs=True),
+            model.register_forward_hook(generation.after_forward, with_kwargs=True),
+        ]
+        for index, layer in found.items():
+            self._handles += LayerHooks(layer, adapters.get(index)).attach()
+        try:
+            _check_reach(model, found[next(iter(adapters))].module)
+        except BaseException:
+            self.detach()
+            raise
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, backbone: nn.Module, path: str | os.PathLike, **hub_kwargs: Any
+    ) -> DeltaMemModel:
+        """Loads an adapter onto a backbone: a folder or a hub id, in our format or the authors'.
+
+        Args:
+            backbone: the loaded backbone that the adapter was trained for.
+            path: a local folder, or a repository on the hub.
+            hub_kwargs: `revision`, `token`, `cache_dir`, … for the download.
+
+        Raises:
+            FileNotFoundError: no such folder, and no such repository on the hub.
+            AdapterFormatError: a broken or foreign file, or one for another backbone.
+        """
+        from . import checkpoint
+
+        adapter = checkpoint.load_adapter(path, **hub_kwargs)
+        model = cls(backbone, adapter.config)
+        try:
+            checkpoint.load_weights(model, adapter)
+        except BaseException:
+            model.detach()
+            raise
+        return model
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Saves the adapter as a folder: config, weights (safetensors) and a model card."""
+        from . import checkpoint
+
+        checkpoint.save_adapter(checkpoint.adapter_of(self), path)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None,
+                    commit_message: str = "Upload δ-mem adapter") -> str:  # fmt: skip
+        """Uploads the adapter to the hub. Returns the commit's URL."""
+        from . import checkpoint
+
+        return checkpoint.push_to_hub(checkpoint.adapter_of(self), repo_id, private, token, commit_message)
+
+    # ---- what it is ------------------------------------------------------------------------------
+
+    @property
+    def config(self):
+        """The backbone's config."""
+        return self.backbone.config
+
+    @property
+    def generation_config(self):
+        """The backbone's generation config."""
+        return causal_lm(self.backbone).generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the backbone's embeddings."""
+        return self.backbone.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's dtype. States are float32 whatever it is."""
+        return self.backbone.dtype
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable parameters, all parameters)."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def fingerprint(self) -> str:
+        """Identifies the adapter: a SHA-256 of its settings and its weights, rounded to bfloat16.
+
+        Rounded, so that an adapter cast to half precision still knows the memories it wrote.
+        """
+        weights = dict(self.adapters.named_parameters())
+        version = tuple((p.data_ptr(), p._version) for p in weights.values())
+        if self._fingerprint is None or self._fingerprint[0] != version:
+            digest = checksum({name: p.to(torch.bfloat16) for name, p in weights.items()})
+            self._fingerprint = (version, digest)
+        return self._fingerprint[1]
+
+    # ---- memory ----------------------------------------------------------------------------------
+
+    def new_memory(self, batch_size: int = 1) -> MemoryState:
+        """An empty memory (zeros) for `batch_size` conversations, on the adapter's device(s).
+
+        Its `adapter` is this adapter's fingerprint; None while the model is in training mode, for then
+        the weights are about to change.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        config, layers, sums = self.delta_config, {}, {}
+        for name, adapter in self.adapters.items():
+            device = adapter.in_proj.device
+            size = (batch_size, config.num_states, config.rank, config.rank)
+            layers[int(name)] = torch.zeros(size, device=device)
+            sums[int(name)] = torch.zeros(batch_size, len(adapter.in_proj) - config.width, device=device)
+        zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
+        return MemoryState(
+            layers,
+            zero,
+            None if config.write == "token" else OpenSegment(sums, zero.clone(), zero - 1),
+            None if self.training else self.fingerprint(),
+            getattr(self.config, "_name_or_path", "") or self.config.model_type,
+        )
+
+    def close_segment(self, memory: MemoryState) -> None:
+        """Writes the segments that are still open, in place. Does nothing under token writes."""
+        self.check_memory(memory, memory.batch_size)
+        segment = memory.open_segment
+        if segment is None:
+            return
+        rows, count = segment.count > 0, segment.count.float()
+        memory.layers = {
+            index: self.adapters[str(index)].close_segment(state, segment.sums[index], count, rows)
+            for index, state in memory.layers.items()
+        }
+        memory.open_segment = OpenSegment(
+            {index: torch.zeros_like(total) for index, total in segment.sums.items()},
+            torch.zeros_like(segment.count),
+            torch.full_like(segment.ids, -1),
+        )
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        memory: MemoryState | None = None,
+        write: bool | Tensor = True,
+        segment_ids: Tensor | None = None,
+        keep_segment_open: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's forward, with every token reading the memory and being written into it.
+
+        Args:
+            input_ids: int64 [batch, tokens]; or pass `inputs_embeds`.
+            attention_mask: [batch, tokens], or [batch, past + tokens] with a KV cache. A token with
+                mask 0 neither reads nor writes.
+            memory: advanced in place; None: a fresh zero memory for this call.
+            write: False reads without writing; bool [batch, tokens] says it token by token.
+            segment_ids: int64 [batch, tokens] for segment writes: a segment ends where the id changes;
+                -1 is not written. None: one segment. No effect under token writes.
+            keep_segment_open: the last segment goes on in the next call (segment writes).
+            kwargs: any of the backbone's: `labels`, `past_key_values`, `use_cache`, `position_ids`, …
+
+        Returns:
+            The backbone's own output class.
+
+        Raises:
+            IncompatibleMemoryError: a memory of another adapter, batch size or device.
+            ValueError: empty input, ids beyond the vocabulary, or masks of the wrong shape. The memory
+                is then as it was.
+        """
+        if not self._enabled:
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        self._check_attached()
+        shape = self._check_inputs(input_ids, kwargs.get("inputs_embeds"))
+        memory = self.new_memory(shape[0]) if memory is None else memory
+        self.check_memory(memory, shape[0])
+        if self.training and torch.is_grad_enabled():
+            _check_checkpointing(self.backbone)
+        device = memory.tokens_written.device
+        call = MemoryCall(
+            memory,
+            shape,
+            _read_mask(attention_mask, shape, device),
+            _read_write(write, shape, device),
+            _read_segments(segment_ids, shape, device),
+            keep_segment_open,
+        )
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call})
+
+    def write(
+        self,
+        memory: MemoryState,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        keep_segment_open: bool = False,
+    ) -> MemoryState:
+        """Lets the memory read a text: writes `input_ids` into it, in place, and keeps no KV cache.
+
+        The tokens attend to each other and to nothing before them; what came before is in the memory.
+        Gradients are recorded in training mode only.
+
+        Args:
+            memory, input_ids, attention_mask, segment_ids, keep_segment_open: as in `forward`.
+
+        Returns:
+            The memory itself.
+        """
+        options: dict[str, Any] = {"use_cache": False, **self.last_logit_only()}
+        if attention_mask is not None and attention_mask.dim() == 2 and self._takes("position_ids"):
+            options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+            self(
+                input_ids,
+                attention_mask,
+                memory=memory,
+                segment_ids=segment_ids,
+                keep_segment_open=keep_segment_open,
+                **options,
+            )
+        return memory
+
+    def last_logit_only(self) -> dict[str, int]:
+        """Keywords for a forward that needs no logits but the last token's, where the backbone can."""
+        return {"logits_to_keep": 1} if self._takes("logits_to_keep") else {}
+
+    def _takes(self, keyword: str) -> bool:
+        return keyword in inspect.signature(causal_lm(self.backbone).forward).parameters
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        memory: MemoryState | None = None,
+        write: bool | Tensor = True,
+        segment_ids: Tensor | None = None,
+        keep_segment_open: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`transformers`' own `generate`, with a memory.
+
+        After it the memory has one row per returned sequence, in their order, and holds every token
+        that went through the model: the prompt, and all that was generated but the last token, which
+        has not been fed yet. Rejected drafts and losing beams leave no trace in it. An exception
+        leaves the memory as it was.
+
+        Args:
+            inputs: the prompt, int64 [batch, tokens]; `input_ids=` will do too.
+            memory: one row per prompt, advanced in place; None: a fresh zero memory for this call.
+            write: over the prompt, as in `forward`; generated tokens are written, but with
+                `write=False` nothing is.
+            segment_ids: over the prompt, as in `forward`. The generated tokens are one segment, whose
+                id is one above the prompt's largest.
+            keep_segment_open: leave the generated tokens' segment open.
+            kwargs: any of `generate`'s.
+
+        Raises:
+            ValueError: `use_cache=False`, an empty prompt, or a way of decoding that a memory does not
+                go together with (named).
+        """
+        if not self._enabled:
+            return self.backbone.generate(inputs, **kwargs)
+        self._check_attached()
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        shape = self._check_inputs(inputs, kwargs.get("inputs_embeds"))
+        memory = self.new_memory(shape[0]) if memory is None else memory
+        self.check_memory(memory, shape[0])
+        device = memory.tokens_written.device
+        output, after = generation.generate(
+            self.backbone,
+            {int(index): adapter for index, adapter in self.adapters.items()},
+            memory,
+            inputs,
+            _read_write(write, shape, device),
+            _read_segments(segment_ids, shape, device),
+            **kwargs,
+        )
+        if not keep_segment_open:
+            self.close_segment(after)
+        memory.assign(after)
+        return output
+
+    # ---- on and off ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it, calls are the frozen backbone's, bit for bit; memories are neither read nor written.
+
+        Holds for all threads that use this model, as with PEFT.
+        """
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def detach(self) -> nn.Module:
+        """Takes all hooks off and gives the backbone back as it was. The adapter is then of no use."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+        self._handles, self._was_trainable, self._attached = [], [], False
+        return self.backbone
+
+    # ---- checks ----------------------------------------------------------------------------------
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise RuntimeError("this model was detached from its backbone; make a new DeltaMemModel.")
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+        """(batch, tokens) of the input."""
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            raise ValueError("no input: pass input_ids (or inputs_embeds).")
+        if not isinstance(given, Tensor) or given.dim() != (3 if input_ids is None else 2):
+            got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"input_ids must be an int64 tensor [batch, tokens], got {got}.")
+        if given.numel() == 0:
+            raise ValueError(f"input_ids is empty ({list(given.shape)}): there is nothing to read.")
+        # Asking a GPU costs a stop, so its one-token steps are not asked; generate asks its prompt.
+        asks = input_ids is not None and not torch.compiler.is_compiling()
+        if asks and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
+            vocabulary = self.backbone.get_input_embeddings().weight.shape[0]
+            low, high = (int(x) for x in torch.aminmax(input_ids))
+            if low < 0 or high >= vocabulary:
+                raise ValueError(
+                    f"input_ids hold {low if low < 0 else high}, but the vocabulary has {vocabulary} ids."
+                )
+        return given.shape[0], given.shape[1]
+
+    def check_memory(self, memory: MemoryState, batch_size: int) -> None:
+        """Sees that this adapter can go on with `memory`, at this batch size.
+
+        Raises:
+            IncompatibleMemoryError: it cannot; the message says why.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if not isinstance(memory, MemoryState):
+            raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}.")
+        if list(memory.layers) != [int(name) for name in self.adapters]:
+            raise IncompatibleMemoryError(
+                f"the memory has layers {list(memory.layers)}, the adapter {list(map(int, self.adapters))}."
+            )
+        if memory.batch_size != batch_size:
+            raise IncompatibleMemoryError(
+                f"the memory has {memory.batch_size} row(s), the input {batch_size}."
+            )
+        config = self.delta_config
+        size = (batch_size, config.num_states, config.rank, config.rank)
+        for index, state in memory.layers.items():
+            if state.shape != size or state.dtype != torch.float32:
+                raise IncompatibleMemoryError(
+                    f"the memory's layer {index} is {state.dtype} {list(state.shape)}, the adapter "
+                    f"needs float32 {list(size)}."
+                )
+            device = self.adapters[str(index)].in_proj.device
+            if state.device != device:
+                raise IncompatibleMemoryError(
+                    f"the memory's layer {index} is on {state.device}, the adapter on {device}; "
+                    f"use memory.to({str(device)!r})."
+                )
+        if (memory.open_segment is None) != (config.write == "token"):
+            raise IncompatibleMemoryError(f"the memory is not one of write={config.write!r}.")
+        if memory.adapter is not None and not self.training and memory.adapter != self.fingerprint():
+            raise IncompatibleMemoryError(
+                f"the memory was written by another adapter (fingerprint {memory.adapter[:12]}, this one "
+                f"is {self.fingerprint()[:12]}); a memory means nothing to any but its own."
+            )
+
+
+def _new_adapter(layer: Any, config: DeltaMemConfig) -> DeltaMemory:
+    """A fresh adapter for one layer, on the device of its projections."""
+    absent = [head for head in config.heads if head not in layer.slots]
+    if absent or "q" not in layer.slots:
+        raise UnsupportedBackboneError(
+            f"{type(layer.module).__name__} (layer {layer.index}) has no projection for head(s) "
+            f"{absent or ['q']}; it has {sorted(layer.slots)}."
+        )
+    sizes = head_sizes(layer)
+    outputs = {head: size for head, (_, size) in sizes.items()}
+    device = next(layer.module.get_submodule(layer.slots["q"].path).parameters()).device
+    with torch.device(device):
+        adapter = DeltaMemory(config, sizes["q"][0], outputs)
+    columns = {}
+    if config.init == "base_slice":
+        count = min(8, config.rank)
+        columns = {h: first_columns(layer, h, count, sizes[h][0]) for h in config.heads}
+    adapter.reset_parameters(columns)
+    return adapter.to(torch.float32)
+
+
+class _Reached(Exception):
+    """Ends the probe of `_check_reach`; carries whether the keyword arrived."""
+
+
+def _check_reach(model: nn.Module, attention: nn.Module) -> None:
+    """Sends one token up to the first memory's attention module, to see that the call arrives there.
+
+    Raises:
+        UnsupportedBackboneError: the model does not hand extra keywords on to its attention.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if embeddings.device.type == "meta":
+        return
+
+    def arrived(module, args, kwargs):
+        raise _Reached(CALL in kwargs)
+
+    # Prepended: it must look before the hook that takes the call out.
+    handle = attention.register_forward_pre_hook(arrived, with_kwargs=True, prepend=True)
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=embeddings.device)
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False, **{CALL: None})
+        reached = False
+    except _Reached as probe:
+        reached = probe.args[0]
+    except TypeError:
+        reached = False
+    finally:
+        handle.remove()
+    if not reached:
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} does not hand keyword arguments on to its attention modules "
+            f"({type(attention).__name__}), so no memory can reach them."
+        )
+
+
+def _check_checkpointing(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if reentrant and getattr(module, "gradient_checkpointing", False):
+            raise ValueError(
+                "reentrant gradient checkpointing would give wrong gradients for the memory; enable it with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+
+def _read_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """The attention mask of this call's own tokens, bool [batch, tokens]."""
+    if mask is None:
+        return None
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or mask.shape[0] != shape[0]
+        or mask.shape[1] < shape[1]
+    ):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be [batch, (past +) tokens] = [{shape[0]}, >= {shape[1]}], got {got}."
+        )
+    return mask[:, -shape[1] :].to(device).bool()
+
+
+def _read_write(write: bool | Tensor, shape: tuple[int, int], device: torch.device) -> bool | Tensor:
+    if isinstance(write, bool):
+        return write
+    if not isinstance(write, Tensor) or write.dtype != torch.bool:
+        raise TypeError("write must be True, False or a bool tensor [batch, tokens].")
+    if tuple(write.shape) != tuple(shape):
+        raise ValueError(f"write must be [batch, tokens] = {list(shape)}, got {list(write.shape)}.")
+    return write.to(device)
+
+
+def _read_segments(ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    if ids is None:
+        return None
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError("segment_ids must be an integer tensor [batch, tokens].")
+    if tuple(ids.shape) != tuple(shape):
+        raise ValueError(f"segment_ids must be [batch, tokens] = {list(shape)}, got {list(ids.shape)}.")
+    return ids.to(device, torch.int64)

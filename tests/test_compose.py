@@ -1,0 +1,217 @@
+"""A memory among other people's tools: LoRA, int8, bfloat16, checkpointing, compile, copies, threads."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import delta_mem as dm
+from families import backbone
+
+IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+SETTINGS = dict(heads=("q", "k", "v", "o"), init="random", init_gain=0.3)
+TOKEN = dm.DeltaMemConfig(**SETTINGS)
+MESSAGE = dm.DeltaMemConfig(write="message", **SETTINGS)
+
+
+def run(model, ids=IDS, **kwargs):
+    """Logits and memory after a call."""
+    memory = model.new_memory(len(ids))
+    with torch.no_grad():
+        return model(ids, memory=memory, **kwargs).logits, memory
+
+
+def same(actual, expected, **tolerance):
+    tolerance = tolerance or dict(atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual[0], expected[0], **tolerance)
+    for index, state in expected[1].layers.items():
+        torch.testing.assert_close(actual[1].layers[index], state, **tolerance)
+
+
+def lora(model):
+    torch.manual_seed(7)
+    config = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    return get_peft_model(model, config).eval()
+
+
+def seeded(frozen, config=TOKEN):
+    torch.manual_seed(3)
+    return dm.DeltaMemModel(frozen, config)
+
+
+def test_lora_first_or_memory_first():
+    frozen = backbone("qwen3")
+    plain = run(seeded(frozen))
+    outer = seeded(lora(backbone("qwen3")))
+    inner_backbone = backbone("qwen3")
+    inner = seeded(inner_backbone)
+    lora(inner_backbone)
+    same(run(inner), run(outer))
+    assert (run(outer)[0] - plain[0]).abs().max() > 1e-2
+    memory = outer.new_memory(2)
+    ids = outer.generate(input_ids=IDS, memory=memory, max_new_tokens=3, pad_token_id=0, eos_token_id=None)
+    assert ids.shape == (2, 27) and memory.tokens_written.tolist() == [26, 26]
+    with torch.no_grad():
+        expected = lora(backbone("qwen3"))(input_ids=IDS).logits
+        assert torch.equal(outer.detach()(input_ids=IDS).logits, expected)
+
+
+def test_lora_on_all_linear_leaves_the_memory_alone():
+    frozen = backbone("qwen3")
+    model = seeded(frozen)
+    before = [p.shape for p in model.adapters.parameters()]
+    get_peft_model(frozen, LoraConfig(target_modules="all-linear"))
+    assert [p.shape for p in model.adapters.parameters()] == before
+
+
+def test_int8_backbone():
+    torchao = pytest.importorskip("torchao.quantization")
+    full, quantized = backbone("qwen3"), backbone("qwen3")
+    torchao.quantize_(quantized, torchao.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        expected = quantized(IDS).logits
+    model = seeded(quantized)
+    with model.disable_adapter():
+        assert torch.equal(run(model)[0], expected)
+    same(run(model), run(seeded(full)), atol=0.3, rtol=0.1)
+    sliced = dm.DeltaMemModel(model.detach(), dm.DeltaMemConfig()).adapters["0"].delta_q
+    torch.testing.assert_close(sliced.norm(dim=0), torch.full((8,), 0.05))
+
+
+def test_bfloat16_backbone_keeps_float32_states():
+    model = seeded(backbone("qwen3").to(torch.bfloat16))
+    logits, memory = run(model)
+    assert logits.dtype == torch.bfloat16
+    assert all(state.dtype == torch.float32 for state in memory.layers.values())
+    same((logits.float(), memory), run(seeded(backbone("qwen3"))), atol=0.3, rtol=0.3)
+    zero = dm.DeltaMemConfig(heads=("q", "k", "v", "o"), init="zero")
+    frozen = model.detach()
+    with torch.no_grad():
+        expected = frozen(IDS).logits
+    assert torch.equal(run(seeded(frozen, zero))[0], expected)
+
+
+@pytest.mark.parametrize("config", [TOKEN, MESSAGE], ids=["token", "message"])
+def test_gradient_checkpointing_writes_nothing_twice(config):
+    def episode(checkpointed):
+        frozen = backbone("qwen3").train()
+        model = seeded(frozen, config)
+        if checkpointed:
+            frozen.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        memory = model.new_memory(2)
+        model(IDS, memory=memory, use_cache=False)
+        out = model(IDS, memory=memory, write=False, labels=IDS, use_cache=False)
+        out.loss.backward()
+        return model, memory, out.loss
+
+    plain, expected, loss = episode(False)
+    checkpointed, memory, same_loss = episode(True)
+    assert torch.equal(loss, same_loss)
+    assert memory.tokens_written.tolist() == [24, 24]
+    for index, state in expected.layers.items():
+        assert torch.equal(memory.layers[index], state)
+    for one, other in zip(plain.adapters.parameters(), checkpointed.adapters.parameters(), strict=True):
+        assert one.grad.abs().max() > 0
+        torch.testing.assert_close(other.grad, one.grad)
+
+
+def test_reentrant_checkpointing_is_refused():
+    frozen = backbone("qwen3").train()
+    model = seeded(frozen)
+    frozen.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(IDS)
+
+
+@pytest.mark.parametrize("config", [TOKEN, MESSAGE], ids=["token", "message"])
+def test_the_decode_step_compiles_into_one_graph_for_all_memories(config):
+    from transformers import StaticCache
+
+    model = seeded(backbone("qwen3"), config)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def decode(step, memory):
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        options = dict(memory=memory, past_key_values=cache, use_cache=True, keep_segment_open=True)
+        with torch.no_grad():
+            model(IDS[:, :16], **options)
+            addresses = [state.data_ptr() for state in memory.layers.values()]
+            logits = [step(IDS[:, i : i + 1], **options).logits for i in range(16, 20)]
+        if step is not model:  # a captured graph finds the states where they were
+            assert [state.data_ptr() for state in memory.layers.values()] == addresses
+        return logits
+
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=count, fullgraph=True)
+    for _ in range(3):
+        eager, compiled = model.new_memory(2), model.new_memory(2)
+        expected = decode(model, eager)
+        for one, other in zip(decode(step, compiled), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        for index, state in eager.layers.items():
+            torch.testing.assert_close(compiled.layers[index], state, atol=1e-5, rtol=1e-5)
+        assert compiled.tokens_written.tolist() == [20, 20]
+    assert len(graphs) == 1
+
+
+def test_deepcopy_is_independent():
+    model = seeded(backbone("qwen3"))
+    expected = run(model)
+    twin = copy.deepcopy(model)
+    same(run(twin), expected, atol=0, rtol=0)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.zero_()
+    same(run(twin), expected, atol=0, rtol=0)
+    assert not torch.equal(run(model)[0], expected[0])
+    model.detach()
+    same(run(twin), expected, atol=0, rtol=0)
+    twin.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.backbone.modules())
+
+
+@pytest.mark.parametrize("config", [TOKEN, MESSAGE], ids=["token", "message"])
+def test_eight_threads_are_as_alone(config):
+    model = seeded(backbone("qwen3"), config)
+    prompts = [
+        torch.randint(3, 100, (1, 5 + 3 * i), generator=torch.Generator().manual_seed(i)) for i in range(8)
+    ]
+
+    def talk(ids):
+        memory = model.new_memory()
+        for _ in range(4):
+            model.write(memory, ids)
+            ids = model.generate(ids, memory=memory, max_new_tokens=4, pad_token_id=0, eos_token_id=None)
+        return ids, memory
+
+    alone = [talk(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(talk, prompts))
+    for one, other in zip(together, alone, strict=True):
+        same(one, other, atol=0, rtol=0)
+
+
+def test_a_forward_that_fails_changes_nothing_and_leaves_no_reading_behind():
+    frozen = backbone("qwen3")
+    model = seeded(frozen)
+    _, memory = run(model)
+    before = memory.fork()
+    with torch.no_grad():
+        expected = frozen(IDS).logits
+
+    def fail(module, args, kwargs):
+        raise RuntimeError("out of memory")
+
+    handle = frozen.model.layers[2].self_attn.o_proj.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(IDS, memory=memory)
+    handle.remove()
+    same((expected, memory), (expected, before), atol=0, rtol=0)
+    with torch.no_grad():
+        assert torch.equal(frozen(IDS).logits, expected)

@@ -1,0 +1,94 @@
+"""Any Hugging Face decoder: the same promises, family by family."""
+
+import pytest
+import torch
+
+import delta_mem as dm
+from families import FAMILIES, backbone
+
+IDS = torch.randint(3, 100, (3, 21), generator=torch.Generator().manual_seed(1))
+CONFIGS = {
+    "token": dm.DeltaMemConfig(heads=("q", "k", "v", "o"), init="random", init_gain=0.5),
+    "message": dm.DeltaMemConfig(heads=("q", "o"), write="message", init="random", init_gain=0.5),
+}
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+
+
+def logits(model, ids=IDS, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def test_zero_corrections_are_bit_identical_and_random_ones_are_not(family):
+    frozen = backbone(family)
+    expected = logits(frozen)
+    model = dm.DeltaMemModel(frozen, dm.DeltaMemConfig(heads=("q", "k", "v", "o"), init="zero"))
+    assert torch.equal(logits(model), expected)
+    with torch.no_grad():
+        for adapter in model.adapters.values():
+            adapter.delta_q.normal_(std=0.5)
+    assert (logits(model) - expected).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("head", ["q", "k", "v", "o"])
+def test_every_head_reaches_the_logits(family, head):
+    model = dm.DeltaMemModel(backbone(family), dm.DeltaMemConfig(heads=(head,), init="random", init_gain=0.5))
+    memory = model.new_memory(3)
+    model.write(memory, IDS.flip(1))
+    empty = logits(model, memory=model.new_memory(3), write=False)
+    assert (logits(model, memory=memory, write=False) - empty).abs().max() > 1e-3
+
+
+def test_detach_leaves_nothing_behind(family):
+    frozen = backbone(family)
+    expected, names = logits(frozen), dict(frozen.named_parameters()).keys()
+    attributes = {name: set(vars(module)) for name, module in frozen.named_modules()}
+    trainable = {name for name, p in frozen.named_parameters() if p.requires_grad}
+    model = dm.DeltaMemModel(frozen, CONFIGS["token"])
+    logits(model)
+    assert model.detach() is frozen
+    assert torch.equal(logits(frozen), expected)
+    assert dict(frozen.named_parameters()).keys() == names
+    assert {name for name, p in frozen.named_parameters() if p.requires_grad} == trainable
+    for name, module in frozen.named_modules():
+        assert set(vars(module)) == attributes[name]
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("write", CONFIGS)
+def test_a_left_padded_row_is_the_row_alone(family, write):
+    model = dm.DeltaMemModel(backbone(family), CONFIGS[write])
+    pads = [0, 5, 13]
+    mask = torch.ones_like(IDS)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    ids = IDS.masked_fill(mask == 0, 0)
+    together = model.new_memory(3)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    batch = logits(model, ids, attention_mask=mask, memory=together, position_ids=positions)
+    for row, pad in enumerate(pads):
+        alone = model.new_memory()
+        single = logits(model, ids[row : row + 1, pad:], memory=alone)
+        torch.testing.assert_close(batch[row, pad:], single[0], atol=1e-4, rtol=1e-4)
+        for index, state in alone.layers.items():
+            torch.testing.assert_close(together.layers[index][row], state[0], atol=1e-5, rtol=1e-5)
+            assert state.abs().max() > 1e-3
+        assert int(together.tokens_written[row]) == int(alone.tokens_written) == 21 - pad
+
+
+@pytest.mark.parametrize("write", CONFIGS)
+def test_generate_is_one_call_over_the_whole_sequence(family, write):
+    model = dm.DeltaMemModel(backbone(family), CONFIGS[write])
+    memory = model.new_memory(3)
+    out = model.generate(IDS, memory=memory, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert out.shape == (3, 27)
+    whole, segments = model.new_memory(3), torch.zeros(3, 26, dtype=torch.int64)
+    segments[:, 21:] = 1
+    expected = logits(model, out[:, :-1], memory=whole, segment_ids=segments)
+    assert torch.equal(expected[:, 20:].argmax(-1), out[:, 21:])
+    assert memory.tokens_written.tolist() == [26] * 3
+    for index, state in whole.layers.items():
+        torch.testing.assert_close(memory.layers[index], state, atol=1e-4, rtol=1e-4)
