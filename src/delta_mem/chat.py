@@ -10,7 +10,8 @@ into the memory exactly once, when the message is new; when they are read again 
 are only read. System prompts and the chat template's glue are never written. A reply is written token by
 token while it is generated, and its last token, which `generate` leaves unfed, right after.
 
-Whatever fails leaves the session as it was.
+A reply depends on messages, memory and window alone: no KV cache outlives its turn, so a session that was
+saved and loaded goes on as if it never stopped. Whatever fails leaves the session as it was.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextStreamer
 
-from .backbones import causal_lm
 from .files import check_header, read_json, write_atomically
 from .model import DeltaMemModel
 from .segments import Encoded, encode_messages
@@ -82,7 +82,6 @@ class ChatSession:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.generate_kwargs = generate_kwargs
         self._before: tuple[MemoryState, int] | None = None  # memory and messages before the last reply
-        self._cache: tuple[Any, list[int]] | None = None  # KV cache of the last call, and its ids
         self._busy = threading.Lock()
 
     @property
@@ -151,7 +150,7 @@ class ChatSession:
         with self._alone():
             self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
             self.memory.reset()
-            self._before = self._cache = None
+            self._before = None
 
     def fork(self) -> ChatSession:
         """An independent session with the same past."""
@@ -238,51 +237,43 @@ class ChatSession:
     def _take_turn(self, messages: list[dict], first_new: int, options: dict | None = None) -> str:
         """Writes messages from `first_new` on and, given `options`, generates a reply.
 
-        Memory, messages and cache change together at the end, or not at all.
+        Memory and messages change together at the end, or not at all.
         """
         ids, write, segments = self._context(messages, first_new, add_generation_prompt=options is not None)
-        cache, past = self._reusable_cache(ids, write)
-        self._cache = None  # until the turn is over: an exception would leave it half filled
         memory, device = self.memory.fork(), self.model.device
-        inputs = torch.tensor([ids], device=device)
-        write, segments = torch.tensor([write], device=device), torch.tensor([segments], device=device)
-        mask = torch.ones_like(inputs)
+        inputs, write, segments = (torch.tensor([row], device=device) for row in (ids, write, segments))
         reply = ""
         with torch.no_grad():
             if options is None:
                 self.model(
-                    inputs[:, past:], mask, memory=memory, write=write[:, past:],
-                    segment_ids=segments[:, past:], past_key_values=cache, use_cache=True,
+                    inputs, memory=memory, write=write, segment_ids=segments, use_cache=False,
                     **self.model.last_logit_only(),
                 )  # fmt: skip
             else:
                 ends = self._end_ids(options)
                 output = self.model.generate(
                     inputs, memory=memory, write=write, segment_ids=segments, keep_segment_open=True,
-                    attention_mask=mask, past_key_values=cache, use_cache=True,
-                    return_dict_in_generate=True, num_beams=1, num_return_sequences=1,
-                    eos_token_id=ends, pad_token_id=self._pad_id(ends),
+                    attention_mask=torch.ones_like(inputs), use_cache=True, return_dict_in_generate=True,
+                    num_beams=1, num_return_sequences=1, eos_token_id=ends, pad_token_id=self._pad_id(ends),
                     **{key: value for key, value in options.items() if value is not None},
                 )  # fmt: skip
-                ids = output.sequences[0].tolist()
-                self._take_last_token(ids, ends, memory, cache, segments)
-                said = ids[inputs.shape[1] :]
+                said = output.sequences[0, inputs.shape[1] :].tolist()
+                self._take_last_token(output, ends, memory, segments)
                 reply = self.tokenizer.decode(said, skip_special_tokens=True)
                 messages = [*messages, {"role": "assistant", "content": reply}]
-        self._cache = (cache, ids[: cache.get_seq_length()])
         self.memory.assign(memory)
         self.messages = messages
         return reply
 
-    def _take_last_token(self, ids: list[int], ends: list[int], memory, cache, segments: Tensor) -> None:
+    def _take_last_token(self, output: Any, ends: list[int], memory: MemoryState, segments: Tensor) -> None:
         """Feeds the token that `generate` sampled last, unless it only says that the reply is over."""
-        if ids[-1] in ends:
+        last = output.sequences[:, -1:]
+        if int(last) in ends:
             self.model.close_segment(memory)
             return
-        token = torch.tensor([ids[-1:]], device=segments.device)
         self.model(
-            token, torch.ones(1, len(ids), dtype=torch.int64, device=token.device), memory=memory,
-            segment_ids=segments.amax(1, keepdim=True) + 1, past_key_values=cache, use_cache=True,
+            last, torch.ones_like(output.sequences), memory=memory, past_key_values=output.past_key_values,
+            segment_ids=segments.amax(1, keepdim=True) + 1, use_cache=True,
         )  # fmt: skip
 
     def _context(
@@ -302,32 +293,18 @@ class ChatSession:
             kept.remove(head)
             encoded = self._encode([messages[i] for i in kept], add_generation_prompt)
         ids, segments, owners = (column.tolist() for column in encoded)
-        write = [
+        new = [
             segment >= 0 and kept[message] >= first_new
             for segment, message in zip(segments, owners, strict=True)
         ]
-        return ids, write, segments
+        if self.model.delta_config.write == "token":
+            return ids, new, segments
+        # Glue between the new messages is not written for its segment id, but must end their segments.
+        first = new.index(True) if True in new else len(new)
+        return ids, [False] * first + [True] * (len(new) - first), segments
 
     def _encode(self, messages: list[dict], add_generation_prompt: bool) -> Encoded:
         return encode_messages(self.tokenizer, messages, self.model.delta_config.write, add_generation_prompt)
-
-    def _reusable_cache(self, ids: list[int], write: list[bool]) -> tuple[Any, int]:
-        """The last call's KV cache as far as it fits the new context, and how many tokens that is.
-
-        Tokens that are to be written must go through the model, and at least one must.
-        """
-        fresh = DynamicCache(config=causal_lm(self.model.backbone).config), 0
-        if self._cache is None:
-            return fresh
-        cache, cached = self._cache
-        limit = min(len(ids) - 1, len(cached), write.index(True) if True in write else len(ids))
-        past = next((i for i in range(limit) if ids[i] != cached[i]), limit)
-        surplus = len(cached) - past
-        if surplus and not cache.is_croppable:
-            return fresh
-        if surplus:
-            cache.crop(-surplus)
-        return cache, past
 
     def _end_ids(self, options: dict) -> list[int]:
         given = options.pop("eos_token_id", None)
@@ -370,7 +347,7 @@ class ChatSession:
 
     def _take_over(self, other: ChatSession) -> None:
         self.memory.assign(other.memory)
-        self.messages, self._before, self._cache = other.messages, other._before, other._cache
+        self.messages, self._before = other.messages, other._before
 
 
 class _Alone:

@@ -2,10 +2,9 @@
 
 The reader's path through one call, for one layer, on its attention's input h [batch, tokens, hidden]:
 
-    project        h -> z, the inputs of everything below, in one matrix product
-    activate       z -> q, k, v and the gates                        (DESIGN: tanh, l2 norm, sigmoid)
-    advance        reads and writes the state, by `ops.delta_rule`
-    correct        a reading -> the correction of q, k, v or o       (alpha / r * s * W_delta m)
+    project        h -> z: W_q h, W_k h, W_v h and the gates' W h, in one matrix product
+    advance        z and the state -> readings and the new state, by `ops.advance`
+    correct        a reading -> the correction of q, k, v or o: alpha / r * s * W_delta m
 
 `WritePlan` says, once for all layers, which tokens read, which write, and where segments end.
 Under segment writes (SSW) the mean of a segment's tokens is written once, when the segment ends. All its
@@ -25,11 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import ops
 from .config import HEADS, DeltaMemConfig
-from .ops import delta_rule
+from .ops.activation import direction
 from .state import MemoryState
-
-NORM_EPS = 1e-6
 
 
 @dataclass
@@ -91,8 +89,8 @@ def plan_writes(
         memory: the memory that the call advances.
         shape: (batch, tokens).
         mask: bool [batch, tokens], False for padding; None for no padding.
-        write: bool [batch, tokens], or one bool for all. A token that does not write is as if it
-            were not there for the segments: it ends none.
+        write: bool [batch, tokens], or one bool for all. A token that does not write only reads: for
+            the segments it is as if it were not there, and it ends none.
         segment_ids: int64 [batch, tokens]; None: all tokens are one segment. Id -1 is not written.
         keep_segment_open: the last segment goes on in the next call.
     """
@@ -118,10 +116,11 @@ def plan_writes(
     index = (writes & (ids != id_before)).long().cumsum(1)
     member = writes & (ids >= 0)
 
+    # A segment ends at the last token before the next one starts, whether or not that token writes.
+    present = torch.ones_like(writes) if mask is None else mask
     final = torch.full((shape[0], shape[1] + 1), -1, dtype=torch.int64, device=device)
-    final = final.scatter_reduce(1, index, torch.where(writes, position, -1), "amax")
+    final = final.scatter_reduce(1, index, torch.where(present, position, -1), "amax")
     last = index[:, -1]
-    ends = member & (position == final.gather(1, index))
     any_writes = writes.any(1)
     last_id = torch.where(any_writes, ids.gather(1, seen[:, -1:].clamp(min=0)).squeeze(1), open_id[:, 0])
     closes = any_writes & (before.count > 0) & (final[:, 0] < 0)
@@ -129,7 +128,9 @@ def plan_writes(
     open_before = before.count.float()
     counts = torch.zeros(final.shape, device=device).scatter_add(1, index, member.float())
     counts[:, 0] += open_before.masked_fill(closes, 0)
+    ends = present & (position == final.gather(1, index)) & (counts.gather(1, index) > 0)
     # A row that nobody writes to in this call is left as it is, its open segment included.
+    ends = ends & any_writes.unsqueeze(1)
     stays_open = ~any_writes | (last_id >= 0) if keep_segment_open else ~any_writes
     if keep_segment_open:
         ends = ends & (index != last.unsqueeze(1))
@@ -162,12 +163,12 @@ class DeltaMemory(nn.Module):
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
-        gates = config.width if config.per_row_gates else config.num_states
-        self.sections = {"query": config.width, "key": config.width, "value": config.width, "beta": gates}
-        if not config.tied_gates:
-            self.sections["lambda"] = gates
-        self.in_proj = nn.Parameter(torch.empty(sum(self.sections.values()), hidden_size))
-        self.gate_bias = nn.Parameter(torch.empty(gates * (1 if config.tied_gates else 2)))
+        self.rule = ops.Rule(
+            config.num_states, config.rank, config.update, config.tied_gates, config.per_row_gates
+        )
+        sections = self.rule.sections
+        self.in_proj = nn.Parameter(torch.empty(sum(sections.values()), hidden_size))
+        self.gate_bias = nn.Parameter(torch.empty(sections["beta"] + sections.get("lambda", 0)))
         for head in config.heads:
             setattr(self, f"delta_{head}", nn.Parameter(torch.empty(head_sizes[head], config.width)))
         if config.trainable_scale:
@@ -210,11 +211,12 @@ class DeltaMemory(nn.Module):
 
     def split_in_proj(self) -> dict[str, Tensor]:
         """{"query", "key", "value", "beta", "lambda"}: views of `in_proj`, [rows, hidden] each."""
-        return dict(zip(self.sections, self.in_proj.split(list(self.sections.values())), strict=True))
+        sections = self.rule.sections
+        return dict(zip(sections, self.in_proj.split(list(sections.values())), strict=True))
 
     def split_gate_bias(self) -> dict[str, Tensor]:
         """{"beta", "lambda"}: views of `gate_bias`, [G] each."""
-        names = [name for name in self.sections if name in ("beta", "lambda")]
+        names = [name for name in self.rule.sections if name in ("beta", "lambda")]
         return dict(zip(names, self.gate_bias.chunk(len(names)), strict=True))
 
     # ---- the mechanism ---------------------------------------------------------------------------
@@ -237,22 +239,19 @@ class DeltaMemory(nn.Module):
         Returns:
             reads float32 [batch, tokens, D]; the new state; the new open sum. None of the inputs changes.
         """
-        query = _direction(self._by_state(z[..., : self.config.width]))
         if plan.writes is None:
-            reads = torch.einsum("bhij,bthj->bthi", state, query)
+            reads = torch.einsum("bhij,bthj->bthi", state, direction(z[..., : self.config.width], self.rule))
             if plan.mask is not None:
                 reads = reads * plan.mask[..., None, None]
             return reads.flatten(2), state, open_sum
 
-        written, writes, segments = z[..., self.config.width :], plan.writes, plan.segments
+        writes, segments = plan.writes, plan.segments
         if segments is not None:
             state = self.close_segment(state, open_sum, segments.open_before, segments.closes)
-            written, open_sum = _segment_means(written, open_sum, segments)
-            writes = segments.ends
-        key, value, keep, erase, write = self._activate(written)
-        held = ~writes[..., None, None]
-        keep, erase, write = keep.masked_fill(held, 1), erase.masked_fill(held, 0), write.masked_fill(held, 0)
-        reads, state = delta_rule(query, key, value, keep, erase, write, state, plan.mask)
+            query, written = z.split([self.config.width, z.shape[-1] - self.config.width], -1)
+            means, open_sum = _segment_means(written, open_sum, segments)
+            z, writes = torch.cat([query, means], -1), segments.ends
+        reads, state = ops.advance(z, self.gate_bias.float(), state, self.rule, writes, plan.mask)
         return reads.flatten(2), state, open_sum
 
     def correct(self, head: str, reads: Tensor, output: Tensor) -> Tensor:
@@ -278,43 +277,15 @@ class DeltaMemory(nn.Module):
 
     def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor) -> Tensor:
         """The state after the open segment is written, in the rows (bool [batch]) where it is to be."""
-        mean = (open_sum / count.clamp(min=1).unsqueeze(1)).unsqueeze(1)
-        key, *rest = self._activate(mean)
-        _, closed = delta_rule(key, key, *rest, state)
-        return torch.where(rows[:, None, None, None], closed, state)
-
-    def _activate(self, written: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """key, value, keep, erase, write [batch, tokens, H, r] of z's part behind the query."""
-        config = self.config
-        parts = dict(
-            zip(list(self.sections)[1:], written.split(list(self.sections.values())[1:], -1), strict=True)
-        )
-        key = _direction(self._by_state(parts["key"]))
-        value = self._by_state(parts["value"])
-        biases = self.split_gate_bias()
-        beta = torch.sigmoid(self._by_state(parts["beta"] + biases["beta"].float())).expand_as(value)
-        if config.tied_gates:
-            keep = 1 - beta
-        else:
-            keep = torch.sigmoid(self._by_state(parts["lambda"] + biases["lambda"].float())).expand_as(value)
-        if config.update == "no_decay":
-            return key, value, torch.ones_like(beta), beta, beta
-        return key, value, keep, keep * beta if config.update == "decay_outside" else beta, beta
-
-    def _by_state(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., H, r]; per-state gates [..., H] -> [..., H, 1]."""
-        return x.unflatten(-1, (self.config.num_states, -1))
-
-
-def _direction(x: Tensor) -> Tensor:
-    """tanh, then unit length per state: queries and keys."""
-    return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS)
+        mean = open_sum / count.clamp(min=1).unsqueeze(1)
+        z = F.pad(mean, (self.config.width, 0)).unsqueeze(1)  # nobody reads
+        return ops.advance(z, self.gate_bias.float(), state, self.rule, rows.unsqueeze(1))[1]
 
 
 def _segment_means(written: Tensor, open_sum: Tensor, segments: SegmentPlan) -> tuple[Tensor, Tensor]:
     """The mean of each token's segment [batch, tokens, features], and the sums of the segments left open."""
     index = segments.index.unsqueeze(-1).expand_as(written)
-    members = written * segments.member.unsqueeze(-1)
+    members = written.masked_fill(~segments.member.unsqueeze(-1), 0)
     sums = written.new_zeros(written.shape[0], written.shape[1] + 1, written.shape[2])
     sums = sums.scatter_add(1, index, members)
     sums[:, 0] += open_sum.masked_fill(segments.closes.unsqueeze(1), 0)

@@ -163,7 +163,9 @@ class MemoryState:
     def reset(self) -> None:
         """Forgets everything: back to zeros, in place."""
         blank = self._map(torch.zeros_like)
-        blank.adapter, blank.created = self.adapter, _now()
+        blank.created = _now()
+        if blank.open_segment is not None:
+            blank.open_segment.ids.fill_(-1)
         self.assign(blank)
 
     def detach(self) -> MemoryState:
@@ -322,7 +324,12 @@ def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str])
     if checksum(tensors) != metadata["sha256"]:
         fail("sha256", "the contents are not those that were saved.")
     states = tensors["states"]
-    indices = json.loads(metadata["layers"])
+    try:
+        indices = [int(index) for index in json.loads(metadata["layers"])]
+    except (TypeError, ValueError):
+        fail("layers", f"{metadata['layers']!r} is no list of layer indices.")
+    if not metadata["segment_features"].isdigit():
+        fail("segment_features", f"{metadata['segment_features']!r} is no number.")
     if states.dtype != torch.float32 or states.dim() != 5 or states.shape[-1] != states.shape[-2]:
         fail("states", f"{states.dtype} {list(states.shape)} is not float32 [layers, batch, states, r, r].")
     if len(indices) != states.shape[0]:

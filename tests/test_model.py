@@ -1,0 +1,200 @@
+"""What a `DeltaMemModel` is made of, what it starts from, and what it refuses."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import delta_mem as dm
+from families import backbone
+
+IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def qwen3_4b():
+    """The shape of Qwen3-4B, without weights."""
+    config = CONFIG_MAPPING["qwen3"](
+        hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=9728, vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_parameter_count_of_the_paper(capsys):
+    model = dm.DeltaMemModel(qwen3_4b(), dm.DeltaMemConfig(rank=8, heads=("q", "o")))
+    assert model.get_nb_trainable_parameters()[0] == 4_866_336
+    model.print_trainable_parameters()
+    assert (
+        "trainable params: 4,866,336 || all params: 4,027,334,432 || trainable%: 0.1208"
+        in capsys.readouterr().out
+    )
+    assert model.train().new_memory().nbytes == 9216
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    frozen = backbone("qwen3")
+    model = dm.DeltaMemModel(
+        frozen, dm.DeltaMemConfig(num_states=2, tied_gates=False, trainable_scale="head")
+    )
+    adapter, attention = model.adapters["1"], frozen.model.layers[1].self_attn
+    proj, bias = adapter.split_in_proj(), adapter.split_gate_bias()
+    for name in ("query", "key", "value"):
+        bound = 48**-0.5  # Kaiming-uniform with a = sqrt(5)
+        assert proj[name].abs().max() <= bound and proj[name].std() > bound / 3
+    assert not proj["beta"].any() and not proj["lambda"].any()
+    assert (bias["beta"] == -1.5).all() and (bias["lambda"] == 1.5).all()
+    columns = attention.q_proj.weight[:, :8]
+    torch.testing.assert_close(adapter.delta_q[:, :8], 0.05 * columns / columns.norm(dim=0))
+    assert not adapter.delta_q[:, 8:].any()
+    torch.testing.assert_close(torch.sigmoid(adapter.scale_raw) * 2, torch.ones(4))
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_base_slice_of_packed_projections(family):
+    frozen = backbone(family)
+    model = dm.DeltaMemModel(frozen, dm.DeltaMemConfig(heads=("q", "k", "v", "o")))
+    if family == "phi3":
+        packed = frozen.model.layers[0].self_attn.qkv_proj.weight
+        own = dict(q=packed[:48], k=packed[48:72], v=packed[72:])
+    else:
+        packed = frozen.gpt_neox.layers[0].attention.query_key_value.weight.view(4, 3, 12, 48)
+        own = {head: packed[:, i].reshape(48, 48) for i, head in enumerate("qkv")}
+    for head, weight in own.items():
+        expected = 0.05 * weight[:, :8] / weight[:, :8].norm(dim=0)
+        torch.testing.assert_close(
+            getattr(model.adapters["0"], f"delta_{head}"), expected, atol=1e-6, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("init", ["zero", "random"])
+def test_other_initialisations(init):
+    delta = dm.DeltaMemModel(backbone("llama"), dm.DeltaMemConfig(init=init)).adapters["0"].delta_q
+    expected = torch.zeros(8) if init == "zero" else torch.full((8,), 0.05)
+    torch.testing.assert_close(delta.detach().norm(dim=0), expected)
+
+
+def test_the_backbone_is_frozen_and_the_adapter_is_not():
+    model = dm.DeltaMemModel(backbone("llama"))
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert all(p.requires_grad for p in model.adapters.parameters())
+    assert all(p.dtype == torch.float32 for p in model.adapters.parameters())
+
+
+def test_only_the_layers_asked_for():
+    model = dm.DeltaMemModel(backbone("llama"), dm.DeltaMemConfig(layers=(1, 3)))
+    assert list(model.adapters) == ["1", "3"] and list(model.new_memory().layers) == [1, 3]
+    with torch.no_grad():
+        model(IDS)
+    with pytest.raises(ValueError, match=r"no attention layer \[7\]"):
+        dm.DeltaMemModel(backbone("llama"), dm.DeltaMemConfig(layers=(1, 7)))
+
+
+def test_linear_attention_layers_are_passed_over():
+    frozen = backbone(
+        "qwen3_next", linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = frozen(IDS).logits
+    model = dm.DeltaMemModel(frozen, dm.DeltaMemConfig(init="random", init_gain=0.5))
+    assert list(model.adapters) == ["1", "3"]
+    memory = model.new_memory(2)
+    model.generate(IDS, memory=memory, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert memory.tokens_written.tolist() == [15, 15]
+    with torch.no_grad():
+        assert torch.equal(model.detach()(IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("bloom", dict(n_layer=2, n_head=4), "Bloom"),
+        ("mamba", dict(), "Mamba"),
+        ("gptj", dict(n_layer=2, n_head=4, n_embd=48, rotary_dim=8, n_positions=64), "GPTJ"),
+        ("stablelm", dict(), "StableLm"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_backbones_out_of_reach_are_refused_by_name(family, changes, message):
+    frozen = backbone(family, **changes)
+    with pytest.raises(dm.UnsupportedBackboneError, match=message):
+        dm.DeltaMemModel(frozen)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in frozen.modules())
+    assert all(p.requires_grad for p in frozen.parameters())
+
+
+def test_encoder_decoder_models_are_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8, vocab_size=50)
+    with pytest.raises(dm.UnsupportedBackboneError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        dm.DeltaMemModel(T5ForConditionalGeneration(config))
+    with pytest.raises(dm.UnsupportedBackboneError, match="Linear"):
+        dm.DeltaMemModel(torch.nn.Linear(2, 2))
+
+
+def test_one_memory_at_a_time():
+    frozen = backbone("llama")
+    model = dm.DeltaMemModel(frozen)
+    with pytest.raises(ValueError, match="already"):
+        dm.DeltaMemModel(frozen)
+    model.detach()
+    with pytest.raises(RuntimeError, match="detached"):
+        model(IDS)
+    dm.DeltaMemModel(frozen)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        (dict(input_ids=IDS[:, :0]), ValueError, "input_ids is empty"),
+        (dict(input_ids=IDS[0]), ValueError, r"\[batch, tokens\], got \[12\]"),
+        (dict(input_ids=IDS.tolist()), ValueError, "got list"),
+        (dict(), ValueError, "no input"),
+        (dict(input_ids=IDS + 90), ValueError, "the vocabulary has 100 ids"),
+        (dict(input_ids=IDS - 90), ValueError, "the vocabulary has 100 ids"),
+        (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), ValueError, "attention_mask must be"),
+        (dict(input_ids=IDS, attention_mask=torch.ones(3, 12)), ValueError, "attention_mask must be"),
+        (dict(input_ids=IDS, attention_mask=torch.ones(2, 1, 12, 12)), ValueError, "attention_mask must be"),
+        (dict(input_ids=IDS, write=1), TypeError, "write must be True, False"),
+        (dict(input_ids=IDS, write=torch.ones(2, 12)), TypeError, "write must be"),
+        (dict(input_ids=IDS, write=torch.ones(2, 3, dtype=torch.bool)), ValueError, "write must be"),
+        (dict(input_ids=IDS, segment_ids=IDS.float()), TypeError, "segment_ids must be"),
+        (dict(input_ids=IDS, segment_ids=IDS[:1]), ValueError, "segment_ids must be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_clear_line_and_changes_nothing(inputs, error, message):
+    model = dm.DeltaMemModel(backbone("llama"))
+    memory = model.new_memory(2)
+    model.write(memory, IDS)
+    before = memory.fork()
+    with pytest.raises(error, match=message) as raised:
+        model(memory=memory, **inputs)
+    assert "\n" not in str(raised.value)
+    for index, state in before.layers.items():
+        assert torch.equal(memory.layers[index], state)
+    assert memory.tokens_written.tolist() == [12, 12]
+
+
+def test_inputs_embeds_and_a_memory_of_its_own():
+    model = dm.DeltaMemModel(backbone("llama"), dm.DeltaMemConfig(init="random", init_gain=0.5))
+    with torch.no_grad():
+        embeds = model.backbone.get_input_embeddings()(IDS)
+        torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(IDS).logits)
+        # without a memory every call begins with an empty one
+        assert torch.equal(model(IDS).logits, model(IDS, memory=model.new_memory(2)).logits)
+
+
+def test_a_batch_row_never_sees_another_rows_memory():
+    model = dm.DeltaMemModel(backbone("llama"), dm.DeltaMemConfig(init="random", init_gain=0.5))
+    memory = model.new_memory(2)
+    model.write(memory, IDS)
+    other = IDS.clone()
+    other[1] = other[1].flip(0)
+    changed = model.new_memory(2)
+    model.write(changed, other)
+    assert torch.equal(memory.layers[0][0], changed.layers[0][0])
+    assert not torch.equal(memory.layers[0][1], changed.layers[0][1])

@@ -1,0 +1,231 @@
+"""A memory is a value: copied, stacked, taken apart, saved, and refused where it does not belong."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+import delta_mem as dm
+from delta_mem.state import read_metadata
+from families import backbone
+
+IDS = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(1))
+SETTINGS = dict(init="random", init_gain=0.3)
+CONFIGS = {
+    "token": dm.DeltaMemConfig(num_states=2, **SETTINGS),
+    "message": dm.DeltaMemConfig(write="message", **SETTINGS),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    return dm.DeltaMemModel(backbone("qwen3"), CONFIGS[request.param])
+
+
+@pytest.fixture
+def memory(model):
+    """Three rows; under segment writes with a segment left open in each."""
+    memory = model.new_memory(3)
+    return model.write(memory, IDS, keep_segment_open=True)
+
+
+def same(one, other):
+    assert one.tokens_written.tolist() == other.tokens_written.tolist()
+    assert list(one.layers) == list(other.layers)
+    for index in one.layers:
+        assert torch.equal(one.layers[index], other.layers[index])
+    assert (one.open_segment is None) == (other.open_segment is None)
+    if one.open_segment is not None:
+        assert torch.equal(one.open_segment.count, other.open_segment.count)
+        assert torch.equal(one.open_segment.ids, other.open_segment.ids)
+        for index, total in one.open_segment.sums.items():
+            assert torch.equal(total, other.open_segment.sums[index])
+
+
+def test_new_is_zeros_of_the_documented_shape(model):
+    memory = model.new_memory(2)
+    config = model.delta_config
+    assert list(memory.layers) == [0, 1, 2, 3]
+    for state in memory.layers.values():
+        assert state.shape == (2, config.num_states, 8, 8) and state.dtype == torch.float32
+        assert not state.any()
+    assert memory.batch_size == len(memory) == 2
+    assert memory.tokens_written.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="batch_size"):
+        model.new_memory(0)
+
+
+def test_a_fork_goes_its_own_way(model, memory):
+    fork, before = memory.fork(), memory.fork()
+    model.write(fork, IDS)
+    same(memory, before)
+    assert fork.tokens_written.tolist() == [24] * 3
+
+
+def test_stacked_rows_go_on_as_they_would_alone(model):
+    memories = []
+    for row, length in enumerate((5, 12, 9)):
+        one = model.new_memory()
+        memories.append(model.write(one, IDS[row : row + 1, :length], keep_segment_open=True))
+    batch = dm.MemoryState.stack(memories)
+    assert batch.tokens_written.tolist() == [5, 12, 9]
+    model.write(batch, IDS)
+    for row, one in enumerate(memories):
+        model.write(one, IDS[row : row + 1])
+        for index, state in one.layers.items():
+            torch.testing.assert_close(batch[row].layers[index], state, atol=1e-5, rtol=1e-5)
+
+
+def test_stack_and_take_apart(model, memory):
+    same(dm.MemoryState.stack([memory[0], memory[1:]]), memory)
+    same(dm.MemoryState.stack(memory), memory)
+    same(memory[-1], memory[2])
+    row = memory[1]
+    row.layers[0].fill_(7)
+    row.tokens_written.fill_(7)
+    assert memory[1].tokens_written.tolist() == [12] and not (memory.layers[0] == 7).any()
+    with pytest.raises(IndexError, match="no row 3"):
+        memory[3]
+    with pytest.raises(ValueError, match="at least one"):
+        dm.MemoryState.stack([])
+
+
+def test_reset_forgets_in_place(model, memory):
+    memory.reset()
+    same(memory, model.new_memory(3))
+
+
+def test_saved_and_loaded(model, memory, tmp_path):
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = dm.MemoryState.load(tmp_path / "memory.safetensors")
+    same(loaded, memory)
+    assert loaded.adapter == model.fingerprint() and loaded.created == memory.created
+    same(dm.MemoryState.from_bytes(memory.to_bytes()), memory)
+    model.write(loaded, IDS)
+    model.write(memory, IDS)
+    same(loaded, memory)
+    assert os.listdir(tmp_path) == ["memory.safetensors"]
+
+
+def test_the_size_promised_for_qwen3_4b(tmp_path):
+    layers = {index: torch.randn(1, 1, 8, 8) for index in range(36)}
+    written = torch.tensor([10**9])
+    memory = dm.MemoryState(layers, written, adapter="0" * 64, backbone="Qwen/Qwen3-4B-Instruct-2507")
+    assert memory.nbytes == 9216
+    memory.save(tmp_path / "memory")
+    assert (tmp_path / "memory").stat().st_size <= 10 * 1024
+
+
+def test_metadata_names_adapter_backbone_tokens_and_dates(model, memory):
+    metadata = read_metadata(memory.to_bytes())
+    assert metadata["format_version"] == "1"
+    assert metadata["adapter"] == model.fingerprint()
+    assert metadata["backbone"] == "qwen3"
+    assert metadata["tokens_written"] == "[12,12,12]"
+    assert metadata["created"] <= metadata["saved"]
+
+
+def test_nan_is_not_saved_and_the_old_file_stays(memory, tmp_path):
+    path = tmp_path / "memory"
+    memory.save(path)
+    before = path.read_bytes()
+    memory.layers[2][1, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="layer 2 holds NaN"):
+        memory.save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["memory"]
+
+
+def tamper(data, **changes):
+    """The memory file `data` with changed metadata or tensors."""
+    tensors, metadata = load(data), read_metadata(data)
+    for key, value in changes.items():
+        target = tensors if key in tensors else metadata
+        target.pop(key) if value is None else target.update({key: value})
+    return save(tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda data: data[:-100], "safetensors"),
+        (lambda data: data[:5], "safetensors"),
+        (lambda data: b"", "safetensors"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "sha256"),
+        (lambda data: tamper(data, format="something else"), "format"),
+        (lambda data: tamper(data, format_version="99"), "format_version"),
+        (lambda data: tamper(data, adapter=None), "adapter"),
+        (lambda data: tamper(data, layers="[0]"), "layers"),
+        (lambda data: tamper(data, layers="[0"), "layers"),
+        (lambda data: tamper(data, segment_features="many"), "segment_features"),
+        (lambda data: tamper(data, states=torch.zeros(2)), "states|sha256"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_field(memory, tmp_path, change, field):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(change(memory.to_bytes()))
+    with pytest.raises(dm.AdapterFormatError, match=rf"broken.safetensors: .*({field})"):
+        dm.MemoryState.load(path)
+
+
+def test_a_file_full_of_nan_is_refused(memory):
+    from delta_mem.files import checksum
+
+    data = memory.to_bytes()
+    states = torch.full((4, 3, *memory.layers[0].shape[1:]), float("nan"))
+    changed = {"states": states, "tokens_written": memory.tokens_written}
+    if memory.open_segment is not None:
+        changed["open_sums"] = torch.stack(list(memory.open_segment.sums.values()))
+        changed["open_count"], changed["open_ids"] = memory.open_segment.count, memory.open_segment.ids
+    data = tamper(data, states=states, sha256=checksum(changed))
+    with pytest.raises(dm.AdapterFormatError, match="layer 0 holds NaN"):
+        dm.MemoryState.from_bytes(data)
+
+
+def test_a_memory_of_another_adapter_is_refused(model, memory):
+    other = dm.DeltaMemModel(backbone("qwen3", seed=5), model.delta_config)
+    before = memory.fork()
+    for call in (
+        lambda: other(IDS, memory=memory),
+        lambda: other.write(memory, IDS),
+        lambda: other.generate(IDS, memory=memory),
+        lambda: dm.MemoryState.stack([memory, other.new_memory()]),
+    ):
+        with pytest.raises(dm.IncompatibleMemoryError, match="another adapter"):
+            call()
+    same(memory, before)
+
+
+def test_a_memory_that_does_not_fit_is_refused(model, memory):
+    for wrong in (
+        dm.DeltaMemConfig(rank=4, **SETTINGS),
+        dm.DeltaMemConfig(num_states=3, **SETTINGS),
+        dm.DeltaMemConfig(layers=(1, 2), **SETTINGS),
+    ):
+        other = dm.DeltaMemModel(backbone("qwen3"), wrong)
+        with pytest.raises(dm.IncompatibleMemoryError):
+            other(IDS, memory=memory)
+    with pytest.raises(dm.IncompatibleMemoryError, match=r"3 row\(s\), the input 2"):
+        model(IDS[:2], memory=memory)
+    with pytest.raises(dm.IncompatibleMemoryError, match=r"on meta.*memory.to\('cpu'\)"):
+        model(IDS, memory=memory.to("meta"))
+    with pytest.raises(TypeError, match="float32"):
+        memory.to(torch.bfloat16)
+    with pytest.raises(TypeError, match="MemoryState"):
+        model(IDS, memory={})
+
+
+def test_an_adapter_cast_to_half_precision_knows_its_memories(model):
+    import copy
+
+    half = copy.deepcopy(model)
+    half.adapters.to(torch.bfloat16)
+    assert half.fingerprint() == model.fingerprint()
+
+
+def test_a_memory_of_a_model_in_training_carries_no_fingerprint(model):
+    model.train()
+    memory = model.new_memory()
+    model.eval()
+    assert memory.adapter is None
+    model.write(memory, IDS[:1])
