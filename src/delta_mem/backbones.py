@@ -202,6 +202,7 @@ class MemoryCall:
     ):
         self.memory = memory
         self.plan: WritePlan = plan_writes(memory, shape, mask, write, segment_ids, keep_segment_open)
+        self.moved: dict[torch.device, WritePlan] = {}  # the plan on other devices
         self.states = dict(memory.layers)
         self.open_sums = {} if memory.open_segment is None else dict(memory.open_segment.sums)
         self.left: dict[int, tuple[Tensor, Tensor | None]] = {}

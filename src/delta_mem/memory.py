@@ -18,7 +18,7 @@ A `DeltaMemory` holds weights only. States come in and go out as values.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,10 @@ class WritePlan:
     writes: Tensor | None
     segments: SegmentPlan | None
     tokens: Tensor | None
+
+    def to(self, device: torch.device) -> WritePlan:
+        """The plan on another device: a backbone's layers may be spread over several."""
+        return _to(self, device)
 
 
 @dataclass
@@ -176,6 +180,7 @@ class DeltaMemory(nn.Module):
             self.scale_raw = nn.Parameter(torch.empty(size))
         if config.o_norm:
             self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
+        self._casts: dict[str, tuple[tuple, Tensor]] = {}  # see _weight
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, heads={self.config.heads}, width={self.config.width}"
@@ -223,7 +228,7 @@ class DeltaMemory(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """z float32 [batch, tokens, 3 D + G (+ G)] of hidden [batch, tokens, hidden]."""
-        return F.linear(hidden, self.in_proj.to(hidden.dtype)).float()
+        return F.linear(hidden, self._weight("in_proj", hidden.dtype)).float()
 
     def advance(
         self, z: Tensor, state: Tensor, open_sum: Tensor | None, plan: WritePlan
@@ -257,12 +262,14 @@ class DeltaMemory(nn.Module):
     def correct(self, head: str, reads: Tensor, output: Tensor) -> Tensor:
         """`output` plus the correction of projection `head` by `reads`, in output's dtype.
 
+        Without gradients it may be computed in `output` itself.
+
         Args:
             head: one of the configured heads.
             reads: float32 [batch, tokens, D].
             output: [batch, tokens, size], what the projection gave.
         """
-        weight = getattr(self, f"delta_{head}").to(output.dtype)
+        weight = self._weight(f"delta_{head}", output.dtype)
         scale = self.config.alpha / self.config.rank
         if self.config.trainable_scale:
             index = HEADS.index(head) if self.config.trainable_scale == "head" else 0
@@ -272,14 +279,37 @@ class DeltaMemory(nn.Module):
             delta = F.linear(reads, weight) * scale
             norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=self.config.o_norm_eps)
             return output + (norm * self.o_norm_weight).to(output.dtype)
-        flat = torch.addmm(output.flatten(0, -2), reads.flatten(0, -2), weight.t(), alpha=scale)
-        return flat.view(output.shape)
+        flat, reads = output.flatten(0, -2), reads.flatten(0, -2)
+        if torch.is_grad_enabled():
+            return torch.addmm(flat, reads, weight.t(), alpha=scale).view(output.shape)
+        # In place: a second tensor of the size of a projection's output would double what it takes.
+        return flat.addmm_(reads, weight.t(), alpha=scale).view(output.shape)
+
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight in the backbone's dtype. For inference the cast is made once and kept."""
+        weight = getattr(self, name)
+        if weight.dtype == dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return weight.to(dtype)
+        version = (dtype, weight.device, weight.data_ptr(), weight._version)
+        kept = self._casts.get(name)
+        if kept is None or kept[0] != version:
+            kept = self._casts[name] = (version, weight.to(dtype))
+        return kept[1]
 
     def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor) -> Tensor:
         """The state after the open segment is written, in the rows (bool [batch]) where it is to be."""
         mean = open_sum / count.clamp(min=1).unsqueeze(1)
         z = F.pad(mean, (self.config.width, 0)).unsqueeze(1)  # nobody reads
         return ops.advance(z, self.gate_bias.float(), state, self.rule, rows.unsqueeze(1))[1]
+
+
+def _to(value, device: torch.device):
+    """A plan with all its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if value is None:
+        return None
+    return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
 
 
 def _segment_means(written: Tensor, open_sum: Tensor, segments: SegmentPlan) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,157 @@
+"""What several commands need: consoles, errors in one line, sizes and layer grids, loading a backbone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Answers go to stdout, where a script reads them; everything said about them goes to stderr.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+BARS = " ▁▂▃▄▅▆▇█"
+# Control characters (but newline and tab) would let a model's words drive the terminal.
+_CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+# ---- errors ----------------------------------------------------------------------------------------
+
+
+def complain(error: Exception) -> None:
+    """One red line on stderr."""
+    if isinstance(error, OSError) and error.strerror:
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    err.print(f"Error: {text}", style="red", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can cause (a wrong path, a broken file, an adapter that does not fit) ends the command
+    with one line. To be put around reading what the user names, not around a whole command: a bug keeps
+    its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        complain(error)
+        raise typer.Exit(1) from None
+
+
+# ---- showing things --------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """`text` with control characters replaced."""
+    return text.translate(_CONTROLS)
+
+
+def size(count: int) -> str:
+    """A number of bytes, for people."""
+    if count < 10_000:
+        return f"{count:,} bytes"
+    power = min(int(math.log10(count)) // 3, 3)
+    return f"{count / 1000**power:,.1f} {('bytes', 'kB', 'MB', 'GB')[power]}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def facts_table(rows: Mapping[str, Any]) -> Table:
+    """Names on the left, values on the right; None is left out."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(Text(name), Text(printable(value)) if isinstance(value, str) else value)
+    return table
+
+
+def layer_grid(values: Mapping[int, float | None], columns: int = 6) -> Table:
+    """One cell a layer: its index, a bar relative to the largest, the number."""
+    table = Table.grid(padding=(0, 1))
+    for _ in range(columns):
+        table.add_column(justify="right", style="dim")
+        table.add_column(style="cyan")
+        table.add_column(min_width=7)
+    top = max((v for v in values.values() if _finite(v)), default=0)
+    cells = []
+    for layer, value in values.items():
+        bar = BARS[math.ceil(8 * value / top)] if _finite(value) and top else " "
+        cells.append((str(layer), bar, number(value)))
+    for start in range(0, len(cells), columns):
+        table.add_row(*(part for cell in cells[start : start + columns] for part in cell))
+    return table
+
+
+def number(value: float | None) -> str:
+    """Three digits; None, which stands for NaN and infinity in reports, as that."""
+    return f"{value:.3g}" if _finite(value) else "NaN/inf"
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+# ---- loading ---------------------------------------------------------------------------------------
+
+
+def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) of a local folder or a hub id.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ValueError, OSError: it cannot be loaded, or there is no such device.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    # Without this, a mistyped path is looked for on the hub, offline for more than a minute.
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"{name}: no such folder.")
+    target = _device(device)
+    if Path(name).is_dir():
+        logging.disable_progress_bar()  # a local file loads in the time that the status line shows
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype.value, "auto"))
+        # A quantized model is where its quantizer put it.
+        return (model if getattr(model, "is_quantized", False) else model.to(target)), tokenizer
+    except (SafetensorError, ImportError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from None
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,461 @@
+"""The `delta-mem` command, as a user meets it: what it prints, what it refuses and how it ends."""
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import delta_mem as dm
+from delta_mem.checkpoint import Adapter, adapter_of, load_adapter, save_adapter
+from delta_mem.cli.app import app
+from delta_mem.cli.chat import Conversation
+from delta_mem.cli.common import printable, size
+from families import backbone
+from helpers import tiny_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
+STATES = dict(init="random", init_gain=0.5)
+
+
+def run(*args, input=None):
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=input)
+
+
+def told(*args, input=None):
+    """The stdout of a command that must go well."""
+    result = run(*args, input=input)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*args, input=None):
+    """The one line of a command that must fail, and not by a traceback."""
+    result = run(*args, input=input)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    return line
+
+
+def tiny_model(**config):
+    return dm.DeltaMemModel(backbone("qwen3", vocab_size=400), dm.DeltaMemConfig(**STATES, **config))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a backbone and its tokenizer, an adapter and a memory."""
+    folder = tmp_path_factory.mktemp("files")
+    model = tiny_model(rank=4)
+    model.save_pretrained(folder / "adapter")
+    memory = model.new_memory(2)
+    model.write(memory, torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    memory.save(folder / "memory.safetensors")
+    model.detach().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def chat(files):
+    """Runs `delta-mem chat`, its input given line by line."""
+
+    def chat(*lines, options=(), run=told):
+        names = ("--model", files / "model", "--adapter", files / "adapter")
+        short = ("--max-new-tokens", 6, "--temperature", 0)
+        return run("chat", *names, *short, *options, input="".join(f"{line}\n" for line in lines))
+
+    return chat
+
+
+@pytest.fixture
+def session():
+    torch.manual_seed(0)
+    return dm.ChatSession(tiny_model(), tiny_tokenizer(), window=2, max_new_tokens=6, do_sample=False)
+
+
+@pytest.fixture
+def talk(monkeypatch, session):
+    """A person types these lines at a terminal and then Ctrl-D."""
+
+    def talk(*lines, load=None):
+        typed = iter(lines)
+
+        def read(prompt=""):
+            try:
+                return next(typed)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", read)
+        conversation = Conversation(session, load, interactive=True)
+        conversation.run()
+        return conversation
+
+    return talk
+
+
+# ---- the command itself ----------------------------------------------------------------------------
+
+
+def command(before="", *args):
+    """Runs `delta-mem` in a new process, after the statement `before`; prints the heavy modules imported.
+
+    An empty package stands in for delta_mem: this is about what the command itself imports.
+    """
+    code = f"""
+import sys, types
+package = sys.modules["delta_mem"] = types.ModuleType("delta_mem")
+package.__path__ = [{str(Path(dm.__file__).parent)!r}]
+{before}
+from delta_mem.cli import main
+sys.argv = ["delta-mem", *{args!r}]
+try: main()
+finally: print("heavy:", *{{"torch", "transformers"}} & set(sys.modules))
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    for args in ([], ["--help"], ["chat", "--help"]):
+        result = command("", *args)
+        assert result.stdout.endswith("heavy:\n"), result.stdout + result.stderr
+        assert "Usage: delta-mem" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_extra_it_says_how_to_install_it(missing):
+    result = command(f"sys.modules[{missing!r}] = None", "demo")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.endswith('pip install "delta-mem[cli]"')
+
+
+def test_version():
+    assert told("--version") == f"delta-mem {dm.__version__}\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, files):
+    monkeypatch.setattr("delta_mem.cli.info.describe", lambda path: {}["bug"])
+    assert isinstance(run("info", files / "adapter").exception, KeyError)
+
+
+# ---- chat ------------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_saved_on_leaving_and_gone_on_with(chat, tmp_path):
+    saved = tmp_path / "chats" / "ada"
+    options = ("--session", saved, "--window", "2", "--system", "Be brief.")
+    chat("My name is Ada.", "", "I live in Oslo.", options=options)
+    values = json.loads((saved / "session.json").read_text())
+    assert [message["role"] for message in values["messages"]] == ["system", *["user", "assistant"] * 2]
+    assert values["window"] == 2
+
+    result = chat("/memory", "Where do I live?", options=("--session", saved), run=run)
+    assert result.exit_code == 0
+    assert f"Going on with {saved}: 5 messages" in result.stderr
+    assert "1 of 4 messages beside the next one (window 2)" in result.stdout
+    assert len(json.loads((saved / "session.json").read_text())["messages"]) == 7
+
+
+def test_the_reply_is_the_sessions(chat, files):
+    model = dm.DeltaMemModel.from_pretrained(_loaded(files), files / "adapter")
+    session = dm.ChatSession(model, tiny_tokenizer(), window=4, max_new_tokens=6, do_sample=False)
+    assert chat("Hello.") == printable(session.send("Hello.")) + "\n"
+
+
+def _loaded(files):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(files / "model")
+
+
+def test_fork_and_back_save_and_load(chat, tmp_path):
+    copy = tmp_path / "copy"
+    lines = chat(
+        "One.", "/fork", "Two.", f"/save {copy}", "/back", "/forget", f"/load {copy}", "/window all", "/help"
+    ).splitlines()
+    counts = [line.rpartition(": ")[2] for line in lines if "in the memory." in line]
+    assert [count.split(",")[0] for count in counts] == ["4 messages", "2 messages", "4 messages"]
+    assert counts[0] == counts[2]
+    assert "Forgotten." in lines and "The context keeps all messages." in lines
+    assert any(line.startswith("/regenerate") for line in lines)
+
+
+def test_leaving_from_a_fork_saves_the_original(chat, tmp_path):
+    result = chat("One.", "/fork", "Two.", options=("--session", tmp_path / "chat"), run=run)
+    assert len(json.loads((tmp_path / "chat" / "session.json").read_text())["messages"]) == 2
+    assert "The fork is gone" in result.stderr
+
+
+def test_regenerate_takes_the_reply_back(talk, capsys):
+    session = talk("One.").session
+    memory = session.memory.fork()
+    before = capsys.readouterr().out.strip()
+    talk("/regenerate")
+    assert capsys.readouterr().out.strip() == before
+    assert session.memory.tokens_written == memory.tokens_written
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/nope", "no command /nope"),
+        ("/window 0", "at least 1"),
+        ("/window", "usage: /window N|all (now 4)"),
+        ("/load /nowhere", "No such file"),
+        ("/back", "the original"),
+        ("/regenerate", "no reply"),
+        ("/fork now", "usage: /fork"),
+    ],
+)
+def test_a_line_that_fails_says_so_and_the_chat_goes_on(chat, line, says):
+    result = chat(line, "Hello.", "/quit", "never said", run=run)
+    (error,) = [told for told in result.stderr.splitlines() if told.startswith("Error:")]
+    assert says in error
+    assert result.stdout.strip()  # the reply
+    assert result.exit_code == 1
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_chat(talk, session, monkeypatch, capsys):
+    stream = session.stream
+    session.generate_kwargs["max_new_tokens"] = 200
+
+    def interrupted(text):
+        try:
+            for piece in stream(text):
+                yield piece
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)  # an impatient second one, while the model stops
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(session, "stream", interrupted)
+    assert talk("Tell me all.").failed is False
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
+    monkeypatch.undo()
+    assert len(tiny_tokenizer()(session.messages[1]["content"]).input_ids) < 100
+    session.send("Go on.", max_new_tokens=3)
+    assert len(session.messages) == 4
+
+
+def test_forget_asks_first(talk, session, capsys):
+    talk("One.", "/forget", "n")
+    assert len(session.messages) == 2
+    talk("/forget", "y")
+    assert session.messages == [] and not any(state.any() for state in session.memory.layers.values())
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2Jb\r\x9b1m\n\tÅ 👩‍🔬") == "a�[2Jb��1m\n\tÅ 👩‍🔬"
+
+
+def test_without_an_adapter_it_warns_and_can_still_be_gone_on_with(files, tmp_path):
+    args = ("chat", "--model", files / "model", "--max-new-tokens", 3, "--session", tmp_path / "chat")
+    assert "remembers nothing useful" in run(*args, input="Hello.\n").stderr
+    assert "Going on with" in run(*args, input="Hello.\n").stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"--model": "./nowhere"}, "./nowhere: no such folder"),
+        ({"--adapter": "./nowhere"}, "'./nowhere' is neither"),
+        ({"--adapter": GOLDEN / "tsw_qo"}, "delta_mem_adapter.pt"),
+        ({"--session": GOLDEN}, "holds no saved chat"),
+        ({"--device": "toaster"}, "--device toaster"),
+        ({"--window": "few"}, "'few'"),
+    ],
+)
+def test_chat_refuses(files, changed, says):
+    options = {"--model": files / "model", "--adapter": files / "adapter", **changed}
+    assert says in refused("chat", *(word for pair in options.items() for word in pair), input="Hello.\n")
+
+
+def test_broken_backbone_weights_are_one_line(files, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    truncate(tmp_path / "model" / "model.safetensors")
+    assert "cannot be loaded" in refused("chat", "--model", tmp_path / "model", input="Hello.\n")
+
+
+# ---- info ------------------------------------------------------------------------------------------
+
+
+def facts(path):
+    return json.loads(told("info", path, "--json"))
+
+
+def test_info_of_an_adapter(files):
+    about = facts(files / "adapter")
+    assert (about["kind"], about["format"], about["layers"]) == ("adapter", "delta-mem", [0, 1, 2, 3])
+    assert about["config"]["rank"] == 4
+    assert about["changed"]["rank"] == 8
+    assert about["backbone"]["model_type"] == "qwen3"
+    adapter = load_adapter(files / "adapter")
+    assert about["parameters"] == sum(weight.numel() for weight in adapter.weights.values())
+    key = adapter.weights["layers.2.key_proj"]
+    assert about["norms"]["key_proj"]["2"] == pytest.approx(key.norm().item())
+    assert about["write_gate_at_rest"]["median"] == pytest.approx(torch.tensor(-1.5).sigmoid().item())
+    assert about["health"] == []
+    assert facts(files / "adapter" / "delta_mem.safetensors") == about
+
+    text = told("info", files / "adapter")
+    assert f"{about['parameters']:,}" in text and "no problem found" in text
+    (rank,) = [line for line in text.splitlines() if line.startswith("rank ")]
+    assert rank.split() == ["rank", "4", "default", "8"]
+
+
+def test_info_of_a_memory(files):
+    about = facts(files / "memory.safetensors")
+    assert (about["kind"], about["rank"], about["writes"]) == ("memory", 4, "tokens")
+    assert [row["tokens_written"] for row in about["rows"]] == [3, 2]
+    memory = dm.MemoryState.load(files / "memory.safetensors")
+    assert (about["adapter"], about["bytes"]) == (memory.adapter, memory.nbytes)
+    assert about["rows"][1]["norms"]["3"] == pytest.approx(memory.layers[3][1].norm().item())
+    # Two tokens were written into the second row: no more than two directions can be in use.
+    assert all(1 <= rank <= 2.001 for rank in about["rows"][1]["effective_rank"].values())
+    text = told("info", files / "memory.safetensors")
+    assert "3, 2 (2 rows)" in text and size(memory.nbytes) in text
+
+
+def test_info_of_a_saved_chat(session, tmp_path):
+    session.send("Hello.")
+    session.save(tmp_path)
+    about = facts(tmp_path)
+    assert (about["kind"], about["window"], about["can_regenerate"]) == ("session", 2, True)
+    assert about["messages"] == {"user": 1, "assistant": 1}
+    assert about["memory"]["rows"][0]["tokens_written"] == int(session.memory.tokens_written)
+    assert "1 user, 1 assistant" in told("info", tmp_path)
+
+
+def test_info_of_an_empty_memory_and_of_an_open_segment(tmp_path):
+    model = tiny_model(write="message")
+    memory = model.new_memory()
+    memory.save(tmp_path / "empty.safetensors")
+    about = facts(tmp_path / "empty.safetensors")
+    assert about["writes"] == "segments" and about["health"] == []
+    assert set(about["rows"][0]["effective_rank"].values()) == {0}
+    model(torch.tensor([[5, 6, 7]]), memory=memory, keep_segment_open=True)
+    memory.save(tmp_path / "open.safetensors")
+    assert facts(tmp_path / "open.safetensors")["rows"][0]["open_segment_tokens"] == 3
+    assert "3 tokens not written yet" in told("info", tmp_path / "open.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("delta_", 0, "has no effect"),
+        ("delta_q", 0, "corrects nothing with delta_q"),
+        ("key_proj", float("nan"), "key_proj holds NaN or infinity in layers 0–3"),
+        ("beta_bias", -20, "shut at rest"),
+        ("beta_bias", 20, "wide open at rest"),
+        ("value_proj", None, "value_proj is missing in layers 0–3"),
+    ],
+)
+def test_info_tells_what_is_wrong_with_an_adapter(tmp_path, name, value, says):
+    adapter = adapter_of(tiny_model())
+    weights = {
+        key: torch.full_like(weight, value) if name in key else weight
+        for key, weight in adapter.weights.items()
+        if value is not None or name not in key
+    }
+    save_adapter(Adapter(adapter.config, weights, adapter.backbone), tmp_path)
+    (problem,) = facts(tmp_path)["health"]
+    assert says in problem
+    assert says in told("info", tmp_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("pickled code was run",))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:700])
+
+
+def test_info_refuses_what_is_broken_or_not_there(files, tmp_path, capfd):
+    assert "nowhere" in refused("info", tmp_path / "nowhere")
+    assert "nowhere.safetensors" in refused("info", tmp_path / "nowhere.safetensors")
+    assert "neither" in refused("info", tmp_path)
+
+    shutil.copytree(files / "adapter", tmp_path / "adapter")
+    truncate(tmp_path / "adapter" / "delta_mem.safetensors")
+    assert "delta_mem.safetensors" in refused("info", tmp_path / "adapter")
+
+    shutil.copy(files / "memory.safetensors", tmp_path)
+    truncate(tmp_path / "memory.safetensors")
+    assert "memory.safetensors" in refused("info", tmp_path / "memory.safetensors")
+
+    shutil.copytree(GOLDEN / "tsw_qo", tmp_path / "evil")
+    (tmp_path / "evil" / "delta_mem_adapter.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    assert "pickled code" in refused("info", tmp_path / "evil")
+    assert "was run" not in capfd.readouterr().out
+
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "session.json").write_text("{")
+    assert "session.json" in refused("info", tmp_path / "chat")
+
+
+# ---- convert ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_convert_there_and_back_keeps_weights_and_settings(case, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    told("convert", GOLDEN / case, ours, "--to", "delta-mem")
+    assert "official" in told("convert", ours, theirs, "--to", "official")
+    first, middle, last = load_adapter(GOLDEN / case), load_adapter(ours), load_adapter(theirs)
+    assert first.config == middle.config == last.config
+    for adapter in (middle, last):
+        torch.testing.assert_close(adapter.weights, first.weights, rtol=0, atol=0)
+    same = ("config", "layers", "parameters", "norms", "write_gate_at_rest", "health")
+    known = facts(GOLDEN / case)
+    for folder in (ours, theirs):
+        about = facts(folder)
+        assert {key: about[key] for key in same} == {key: known[key] for key in same}
+    assert facts(GOLDEN / case)["format"] == "official" and facts(ours)["format"] == "delta-mem"
+
+
+def test_convert_refuses_to_overwrite(files, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    command = ("convert", files / "adapter", tmp_path, "--to", "official")
+    assert "--force" in refused(*command)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    told(*command, "--force")
+    assert facts(tmp_path)["format"] == "official"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_convert_refuses_what_makes_no_sense(files, tmp_path):
+    adapter = files / "adapter"
+    assert "the source itself" in refused("convert", adapter, adapter, "--to", "official", "--force")
+    assert "already" in refused("convert", adapter, tmp_path / "new", "--to", "delta-mem")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- demo ------------------------------------------------------------------------------------------
+
+
+def test_demo_shows_the_memory_at_work():
+    text = told("demo")
+    lines = text.splitlines()
+    assert lines[0] == "The weights are random and the replies noise: what to watch is the memory."
+    rows = [line.split() for line in lines if line.split()[:1] in (["1"], ["2"], ["3"])]
+    said, context, written = ([int(row[column]) for row in rows] for column in (1, 2, 3))
+    assert sorted(said) == said and sorted(written) == written and len(rows) == 3
+    assert context[2] < said[2] / 2  # the older turns have left it
+    assert {" ".join(row[4:6]) for row in rows} == {"1,024 bytes"}
+    assert "the states are identical" in text
+    moved = [float(line.split()[-1]) for line in lines if "has moved by" in line]
+    assert moved[0] > 0.1 and moved[1] == 0
+    assert max(map(len, lines)) <= 80
+    assert told("demo") == text
