@@ -131,6 +131,23 @@ def test_a_stream_is_a_send(model):
     same(streamed.memory, sent.memory)
 
 
+def test_a_streamer_of_ones_own(token_model):
+    class Collect:
+        pieces = 0
+
+        def put(self, value):
+            self.pieces += 1
+
+        def end(self):
+            self.ended = True
+
+    collect = Collect()
+    session(token_model).send(LINES[0], streamer=collect)
+    assert collect.pieces > 1 and collect.ended
+    with pytest.raises(ValueError, match="streamer"):
+        list(session(token_model).stream(LINES[0], streamer=collect))
+
+
 def test_an_interrupted_stream_keeps_what_was_said(model):
     words = [index for token, index in TOKENIZER.get_vocab().items() if token.startswith("Ġ")]
     chat = session(model, max_new_tokens=60, prefix_allowed_tokens_fn=lambda *_: words)
@@ -221,6 +238,16 @@ def test_a_broken_session_is_named(token_model, tmp_path):
     (tmp_path / "session.json").write_text(json.dumps({**values, "format": "x"}))
     with pytest.raises(dm.AdapterFormatError, match=r"session.json: format"):
         load()
+    for field, wrong in (
+        ("memory", None),
+        ("before", {}),
+        ("messages", 3),
+        ("messages", [{}]),
+        ("window", "2"),
+    ):
+        (tmp_path / "session.json").write_text(json.dumps({**values, field: wrong}))
+        with pytest.raises(dm.AdapterFormatError, match=rf"session.json: {field}: "):
+            load()
     del values["window"]
     (tmp_path / "session.json").write_text(json.dumps(values))
     with pytest.raises(dm.AdapterFormatError, match=r"session.json: window: missing"):
@@ -243,6 +270,9 @@ def test_failures_leave_the_session_as_it_was(token_model, monkeypatch):
         chat.send("hello", no_such_option=1)
     with pytest.raises(ValueError):
         list(chat.stream("hello", no_such_option=1))
+
+    with pytest.raises(ValueError, match="a chat decides memory, num_beams itself"):
+        chat.send("hello", num_beams=2, memory=None)
 
     def fails(*args, **kwargs):
         raise RuntimeError("out of memory")

@@ -39,6 +39,7 @@ def test_saved_and_loaded(config, tmp_path):
     ]  # fmt: skip
     loaded = dm.DeltaMemModel.from_pretrained(backbone("qwen3"), tmp_path / "adapter")
     assert loaded.delta_config == config
+    assert checkpoint.load_adapter(tmp_path / "adapter").fingerprint() == model.fingerprint()
     assert loaded.fingerprint() == model.fingerprint()
     assert torch.equal(logits(loaded), logits(model))
     memory = model.new_memory(2)

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import delta_mem as dm
-from delta_mem.checkpoint import _named
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKEN_CASES = [
@@ -125,7 +124,7 @@ def gradients(adapter):
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(parameter.grad)
-        named = {name: tensor.clone() for name, tensor in _named(adapter).items()}
+        named = {name: tensor.clone() for name, tensor in adapter.named_weights().items()}
         for parameter, value in zip(adapter.parameters(), values, strict=True):
             parameter.copy_(value)
     return named

@@ -196,6 +196,16 @@ def test_a_memory_of_another_adapter_is_refused(model, memory):
     same(memory, before)
 
 
+def test_the_same_weights_with_other_settings_are_another_adapter(model):
+    import copy
+    import dataclasses
+
+    twin = copy.deepcopy(model)
+    twin.delta_config = dataclasses.replace(twin.delta_config, alpha=1.0)
+    twin._fingerprint = None
+    assert twin.fingerprint() != model.fingerprint()
+
+
 def test_a_memory_that_does_not_fit_is_refused(model, memory):
     for wrong in (
         dm.DeltaMemConfig(rank=4, **SETTINGS),

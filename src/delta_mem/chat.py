@@ -16,6 +16,7 @@ saved and loaded goes on as if it never stopped. Whatever fails leaves the sessi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -31,10 +32,17 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextStreamer
 
+from .errors import AdapterFormatError
 from .files import check_header, read_json, write_atomically
 from .model import DeltaMemModel
 from .segments import Encoded, encode_messages
 from .state import MemoryState
+
+# Keywords of generate that would make a turn something else than one reply to these messages.
+_OWN = {
+    "inputs", "input_ids", "attention_mask", "memory", "write", "segment_ids", "keep_segment_open",
+    "past_key_values", "use_cache", "num_beams", "num_return_sequences", "return_dict_in_generate",
+}  # fmt: skip
 
 FORMAT = "delta-mem-session"
 FORMAT_VERSION = 1
@@ -205,10 +213,7 @@ class ChatSession:
             AdapterFormatError: a broken file; file and field are named.
             IncompatibleMemoryError: its memory was written by another adapter.
         """
-        folder = Path(path)
-        file = folder / SESSION_FILE
-        values = read_json(file)
-        check_header(file, values, FORMAT, FORMAT_VERSION, ("window", "messages", "memory", "before"))
+        folder, values = Path(path), read_session(path)
 
         def memory(name):
             loaded = MemoryState.load(folder / name, device=model.new_memory().tokens_written.device)
@@ -227,10 +232,16 @@ class ChatSession:
         """Takes `message` in, generates the reply and takes that in too."""
         before, count = self.memory.fork(), len(self.messages)
         options = {"max_new_tokens": 512, **self.generate_kwargs, **generate_kwargs}
+        taken = sorted(_OWN.intersection(options))
+        if taken:
+            raise ValueError(f"a chat decides {', '.join(taken)} itself; leave it out.")
+        if streamer is not None and options.get("streamer") is not None:
+            raise ValueError("stream() has a streamer of its own; pass streamer= to send().")
+        options["streamer"] = streamer or options.get("streamer")
         if stop is not None:
             criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
             options["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
-        reply = self._take_turn([*self.messages, message], count, {**options, "streamer": streamer})
+        reply = self._take_turn([*self.messages, message], count, options)
         self._before = (before, count)
         return reply
 
@@ -340,7 +351,10 @@ class ChatSession:
                 yield piece
         finally:
             stop.now = True
-            thread.join()
+            while thread.is_alive():
+                # A second Ctrl-C must not leave the session while its turn is still being written.
+                with contextlib.suppress(KeyboardInterrupt):
+                    thread.join()
 
     def _alone(self) -> _Alone:
         return _Alone(self._busy)
@@ -348,6 +362,44 @@ class ChatSession:
     def _take_over(self, other: ChatSession) -> None:
         self.memory.assign(other.memory)
         self.messages, self._before = other.messages, other._before
+
+
+def read_session(path: str | os.PathLike) -> dict[str, Any]:
+    """What a saved session's `session.json` holds: `window`, `messages`, and the memories' file names.
+
+    Raises:
+        FileNotFoundError: no session there.
+        AdapterFormatError: broken; file and field are named.
+    """
+    file = Path(path) / SESSION_FILE
+    values = read_json(file)
+    check_header(file, values, FORMAT, FORMAT_VERSION, ("window", "messages", "memory", "before"))
+    if not _are_messages(values["messages"]):
+        wrong = "messages"
+    elif not (values["window"] is None or isinstance(values["window"], int)):
+        wrong = "window"
+    elif not isinstance(values["memory"], str):
+        wrong = "memory"
+    elif not _is_place(values["before"], len(values["messages"])):
+        wrong = "before"
+    else:
+        return values
+    raise AdapterFormatError(f"{file}: {wrong}: {str(values[wrong])[:60]} is not what save() writes.")
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+    )
+
+
+def _is_place(value: Any, messages: int) -> bool:
+    """Whether `value` is what save() writes of the moment before the last reply."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not isinstance(value.get("memory"), str):
+        return False
+    return isinstance(value.get("messages"), int) and 0 <= value["messages"] < messages
 
 
 class _Alone:

@@ -9,6 +9,7 @@ model, so that `delta-mem info` and `delta-mem convert` need no backbone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -37,6 +38,7 @@ WEIGHTS_FILE = "delta_mem.safetensors"
 OFFICIAL_WEIGHTS_FILE = "delta_mem_adapter.pt"
 FORMAT = "delta-mem-adapter"
 FORMAT_VERSION = 1
+_KEY = re.compile(r"layers\.\d+\.\w+")
 
 
 @dataclass
@@ -64,6 +66,21 @@ class Adapter:
         """Indices of the layers with a memory."""
         return sorted({int(name.split(".")[1]) for name in self.weights})
 
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+        return fingerprint(self.config, self.weights)
+
+
+def fingerprint(config: DeltaMemConfig, weights: Mapping[str, Tensor]) -> str:
+    """Identifies an adapter: a SHA-256 of its weights and of the settings that shape what they do.
+
+    Weights are rounded to bfloat16 first, so that an adapter cast to half precision still knows the
+    memories it wrote.
+    """
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("init", "init_gain", "gate_bias")}
+    digest = checksum({name: tensor.to(torch.bfloat16) for name, tensor in weights.items()})
+    return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)} {digest}".encode()).hexdigest()
+
 
 # ---- between a model and an Adapter ---------------------------------------------------------------
 
@@ -72,10 +89,10 @@ def adapter_of(model: DeltaMemModel) -> Adapter:
     """The adapter of a model; its weights are copies on the CPU."""
     from .backbones import find_attention_layers, head_sizes
 
-    weights = {}
-    for index, adapter in model.adapters.items():
-        for name, tensor in _named(adapter).items():
-            weights[f"layers.{index}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    weights = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.named_weights().items()
+    }
     config = model.config.get_text_config(decoder=True)
     found = find_attention_layers(model.backbone)
     sizes = head_sizes(found[int(next(iter(model.adapters)))])
@@ -99,11 +116,7 @@ def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
     Raises:
         AdapterFormatError: tensors are missing, left over or of another shape; nothing is changed.
     """
-    targets = {
-        f"layers.{index}.{name}": tensor
-        for index, module in model.adapters.items()
-        for name, tensor in _named(module).items()
-    }
+    targets = model.named_weights()
     for name, target in targets.items():
         if name not in adapter.weights:
             raise AdapterFormatError(f"{adapter.source}: {name}: missing.")
@@ -121,14 +134,6 @@ def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
         target.copy_(adapter.weights[name])
 
 
-def _named(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A layer's weights under their names in files; views of the parameters."""
-    named = {f"{name}_proj": tensor for name, tensor in module.split_in_proj().items()}
-    named |= {f"{name}_bias": tensor for name, tensor in module.split_gate_bias().items()}
-    parts = ("in_proj", "gate_bias")
-    return named | {name: p for name, p in module.named_parameters() if name not in parts}
-
-
 # ---- folders ---------------------------------------------------------------------------------------
 
 
@@ -141,6 +146,8 @@ def load_adapter(path: str | os.PathLike, **hub_kwargs: Any) -> Adapter:
     """
     folder = Path(path)
     if not folder.is_dir():
+        if folder.is_absolute() or folder.exists() or len(folder.parts) > 2:
+            raise FileNotFoundError(f"{path}: no such folder.")
         folder = _download(os.fspath(path), hub_kwargs)
     config_file = folder / CONFIG_FILE
     if not config_file.exists():
@@ -179,6 +186,9 @@ def _load_ours(folder: Path, values: dict[str, Any]) -> Adapter:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise AdapterFormatError(f"{weights_file}: not a whole safetensors file ({error}).") from None
+    for name in weights:
+        if not _KEY.fullmatch(name):
+            raise AdapterFormatError(f"{weights_file}: {name}: not a weight of a δ-mem adapter.")
     if metadata.get("sha256") != checksum(weights):
         raise AdapterFormatError(f"{weights_file}: sha256: the contents are not those that were saved.")
     return Adapter(config, weights, values["backbone"], str(weights_file))

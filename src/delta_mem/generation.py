@@ -258,7 +258,11 @@ def generate(
         beams, assisted = "beam" in mode.value, mode == GenerationMode.ASSISTED_GENERATION
         if mode not in _DECODERS:
             raise ValueError(f"generation mode {mode.value!r} does not go together with a memory.")
-        if not model_kwargs.get("use_cache") or not isinstance(cache, Cache):
+        if model_kwargs.get("use_cache") and not isinstance(cache, Cache):
+            raise ValueError(
+                f"{type(model).__name__} generates with a {type(cache).__name__}, which carries no memory."
+            )
+        if not model_kwargs.get("use_cache"):
             raise ValueError(
                 "generate with a memory needs the KV cache (use_cache=True): without one every step would "
                 "feed, and write, the whole sequence again."

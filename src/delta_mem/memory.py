@@ -224,6 +224,13 @@ class DeltaMemory(nn.Module):
         names = [name for name in self.rule.sections if name in ("beta", "lambda")]
         return dict(zip(names, self.gate_bias.chunk(len(names)), strict=True))
 
+    def named_weights(self) -> dict[str, Tensor]:
+        """{name in files: tensor}: query_proj, …, beta_bias, …, delta_q, …; views of the parameters."""
+        named = {f"{name}_proj": tensor for name, tensor in self.split_in_proj().items()}
+        named |= {f"{name}_bias": tensor for name, tensor in self.split_gate_bias().items()}
+        packed = ("in_proj", "gate_bias")
+        return named | {name: p for name, p in self.named_parameters() if name not in packed}
+
     # ---- the mechanism ---------------------------------------------------------------------------
 
     def project(self, hidden: Tensor) -> Tensor:

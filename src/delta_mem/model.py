@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import generation
+from . import checkpoint, generation
 from .backbones import (
     CALL,
     LayerHooks,
@@ -33,7 +33,6 @@ from .backbones import (
 )
 from .config import DeltaMemConfig
 from .errors import IncompatibleMemoryError, UnsupportedBackboneError
-from .files import checksum
 from .memory import DeltaMemory
 from .state import MemoryState, OpenSegment
 
@@ -113,8 +112,6 @@ class DeltaMemModel(nn.Module):
             FileNotFoundError: no such folder, and no such repository on the hub.
             AdapterFormatError: a broken or foreign file, or one for another backbone.
         """
-        from . import checkpoint
-
         adapter = checkpoint.load_adapter(path, **hub_kwargs)
         model = cls(backbone, adapter.config)
         try:
@@ -126,15 +123,11 @@ class DeltaMemModel(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Saves the adapter as a folder: config, weights (safetensors) and a model card."""
-        from . import checkpoint
-
         checkpoint.save_adapter(checkpoint.adapter_of(self), path)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None,
                     commit_message: str = "Upload δ-mem adapter") -> str:  # fmt: skip
         """Uploads the adapter to the hub. Returns the commit's URL."""
-        from . import checkpoint
-
         return checkpoint.push_to_hub(checkpoint.adapter_of(self), repo_id, private, token, commit_message)
 
     # ---- what it is ------------------------------------------------------------------------------
@@ -173,16 +166,19 @@ class DeltaMemModel(nn.Module):
         )
 
     def fingerprint(self) -> str:
-        """Identifies the adapter: a SHA-256 of its settings and its weights, rounded to bfloat16.
-
-        Rounded, so that an adapter cast to half precision still knows the memories it wrote.
-        """
-        weights = dict(self.adapters.named_parameters())
-        version = tuple((p.data_ptr(), p._version) for p in weights.values())
+        """Identifies the adapter: what a memory's `adapter` must be. See `checkpoint.fingerprint`."""
+        version = tuple((p.data_ptr(), p._version) for p in self.adapters.parameters())
         if self._fingerprint is None or self._fingerprint[0] != version:
-            digest = checksum({name: p.to(torch.bfloat16) for name, p in weights.items()})
-            self._fingerprint = (version, digest)
+            self._fingerprint = (version, checkpoint.fingerprint(self.delta_config, self.named_weights()))
         return self._fingerprint[1]
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """{"layers.<index>.<name>": tensor}: the adapter's weights as files name them; views."""
+        return {
+            f"layers.{index}.{name}": tensor
+            for index, adapter in self.adapters.items()
+            for name, tensor in adapter.named_weights().items()
+        }
 
     # ---- memory ----------------------------------------------------------------------------------
 

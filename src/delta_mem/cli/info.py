@@ -101,6 +101,7 @@ def _describe_adapter(path: str) -> dict[str, Any]:
         "format": "official" if adapter.official else "delta-mem",
         "config": config,
         "changed": {name: defaults[name] for name, value in config.items() if value != defaults[name]},
+        "fingerprint": adapter.fingerprint(),
         "backbone": adapter.backbone,
         "layers": layers,
         "parameters": sum(weight.numel() for weight in adapter.weights.values()),
@@ -201,29 +202,18 @@ def _describe_memory(path: Path) -> dict[str, Any]:
 
 
 def _describe_session(folder: Path) -> dict[str, Any]:
-    from .. import chat
-    from ..errors import AdapterFormatError
+    from ..chat import read_session
 
-    file = folder / chat.SESSION_FILE
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterFormatError(f"{file}: not JSON ({error}).") from None
-    if not isinstance(values, dict) or values.get("format") != chat.FORMAT:
-        raise AdapterFormatError(f"{file}: format: this is no session of delta-mem.")
-    try:
-        roles = [message["role"] for message in values["messages"]]
-        window, memory, before = values["window"], folder / values["memory"], values["before"]
-    except (KeyError, TypeError) as error:
-        raise AdapterFormatError(f"{file}: missing or malformed: {error}.") from None
+    values = read_session(folder)
+    roles = [message["role"] for message in values["messages"]]
     return {
         "kind": "session",
         "path": str(folder),
-        "format_version": values.get("format_version"),
-        "window": window,
+        "format_version": values["format_version"],
+        "window": values["window"],
         "messages": {role: roles.count(role) for role in dict.fromkeys(roles)},
-        "can_regenerate": before is not None,
-        "memory": _describe_memory(memory),
+        "can_regenerate": values["before"] is not None,
+        "memory": _describe_memory(folder / values["memory"]),
     }
 
 
@@ -277,6 +267,7 @@ def _show_adapter(facts: dict[str, Any]) -> None:
         facts_table(
             {
                 "format": formats[facts["format"]],
+                "fingerprint": facts["fingerprint"][:12],
                 "backbone": Text(name or "not recorded", style="bold" if name else "dim"),
                 "": ", ".join(known) or None,
                 "layers": f"{len(facts['layers'])}: {_ranges(facts['layers'])}",

@@ -1,7 +1,8 @@
 """The recurrence of δ-mem on tensors: every token reads the state, then is written into it.
 
-`delta_rule` is the one public function. It checks its inputs, turns masks and packed sequences into
-plain dense tensors, and hands them to a backend: one file per way to compute the same function.
+`delta_rule` is the public function. It checks its inputs, turns masks and packed sequences into plain
+dense tensors, and hands them to a backend: one file per way to compute the same function. `advance` is what
+a layer calls: the same, from the layer's projections on.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import chunked, naive
+from .activation import Rule, activate
 
-__all__ = ["BACKENDS", "delta_rule"]
+__all__ = ["BACKENDS", "Rule", "advance", "delta_rule"]
 
 # Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
 # six tensors [batch, tokens, states, rank], none empty, not necessarily contiguous, and the state
@@ -87,7 +89,9 @@ def delta_rule(
 
     wide = any(x is not None and x.dtype == torch.float64 for x in floats.values())
     dtype = torch.float64 if wide else torch.float32
-    inputs = [x.to(dtype).expand(q.shape) for x in (q, k, v, keep, erase, write)]
+    inputs = [x.to(dtype) for x in (q, k, v, keep, erase, write)]
+    # Only where it does something: an expand takes as long as a product of the one-token step.
+    inputs = [x if x.shape == q.shape else x.expand(q.shape) for x in inputs]
 
     if bounds is not None:
         # Each packed token's place in a batch of n padded sequences.
@@ -117,6 +121,40 @@ def delta_rule(
     if bounds is not None:
         reads = reads[place].unsqueeze(0)
     return reads, state
+
+
+def advance(
+    z: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    rule: Rule,
+    writes: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule` from a layer's projections on: activate, read, write.
+
+    Args:
+        z: float32 [batch, tokens, features], laid out as `rule.sections`.
+        gate_bias: float32, see `activation.activate`.
+        state: float32 [batch, states, rank, rank]. Not modified.
+        rule: the gates' settings.
+        writes: bool [batch, tokens]: tokens that write; the others only read. None: all do.
+        mask: bool [batch, tokens]: False where a token neither reads (its read is 0) nor writes.
+        backend: as in `delta_rule`.
+
+    Returns:
+        The reads [batch, tokens, states, rank], and the state after the last token.
+    """
+    inputs = activate(z, gate_bias, rule)
+    if writes is not None:
+        held = ~writes[..., None, None]
+        inputs = inputs._replace(
+            keep=inputs.keep.masked_fill(held, 1),
+            erase=inputs.erase.masked_fill(held, 0),
+            write=inputs.write.masked_fill(held, 0),
+        )
+    return delta_rule(*inputs, state, mask, backend=backend)
 
 
 def _check_tensors(floats: dict, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:

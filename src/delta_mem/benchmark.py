@@ -1,0 +1,360 @@
+"""What δ-mem costs on this machine: `delta-mem bench`, and the tables in docs/performance.md.
+
+Everything is measured in alternation: in every round each variant runs once, so whatever else the machine
+does meets all of them, and a row is a ratio of medians, never one absolute time. Model rows are relative to
+the frozen backbone (training rows to LoRA), operator rows to the first backend.
+
+A row is a dict: what was measured (`name`, `variant`), `seconds` (median), `low`, `high` (the fastest and the
+slowest round), `ratio`, and `bytes`: the most memory that was in use above what was in use before.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import DeltaMemConfig
+from .model import DeltaMemModel
+
+Row = dict[str, Any]
+
+VARIANTS = {
+    "delta TSW": DeltaMemConfig(),
+    "delta SSW": DeltaMemConfig(write="message"),
+    "delta MSW": DeltaMemConfig(num_states=4),
+}
+SMALL = dict(
+    hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=64, vocab_size=8192, max_position_embeddings=131072,
+)  # fmt: skip
+QWEN3_4B = dict(
+    hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=131072,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def alternate(
+    name: str, variants: dict[str, Callable[[], None]], device: str, rounds: int, warm_up: int = 2
+) -> Iterator[Row]:
+    """One row per variant: each runs once a round, after `warm_up` rounds that do not count.
+
+    The first variant is the one that the others are compared with.
+    """
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    peaks = dict.fromkeys(variants, 0)
+    for round in range(-warm_up, rounds):
+        for variant, run in variants.items():
+            with _PeakMemory(device) as memory:
+                start = time.perf_counter()
+                run()
+                _wait(device)
+                elapsed = time.perf_counter() - start
+            if round >= 0:
+                times[variant].append(elapsed)
+                peaks[variant] = max(peaks[variant], memory.bytes or 0)
+    base = statistics.median(next(iter(times.values())))
+    for variant, seconds in times.items():
+        median = statistics.median(seconds)
+        yield {
+            "name": name,
+            "variant": variant,
+            "seconds": median,
+            "low": min(seconds),
+            "high": max(seconds),
+            "ratio": median / base,
+            "bytes": peaks[variant] or None,
+        }
+
+
+class _PeakMemory:
+    """The most memory in use inside the block, above what was in use before; None where unknown."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self.bytes: int | None = None
+
+    def __enter__(self) -> _PeakMemory:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.cuda:
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the numbers were measured on."""
+    import transformers
+
+    about = {
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    for package in ("triton", "numba", "peft"):
+        try:
+            about[package] = __import__(package).__version__
+        except ImportError:
+            about[package] = "not installed"
+    return about
+
+
+# ---- the operator --------------------------------------------------------------------------------
+
+
+def operator(device: str, rounds: int = 7, rank: int = 8, states: int = 1, batch: int = 1) -> Iterator[Row]:
+    """Each backend over 1 to 65,536 tokens: forward, and forward with backward."""
+    for tokens in (1, 128, 2048, 8192, 65536):
+        # The loop takes minutes where the others take milliseconds.
+        names = [name for name in available_backends(device) if name != "naive" or tokens <= 8192]
+        inputs = _operator_inputs(device, batch, tokens, states, rank)
+        few = rounds if tokens <= 2048 else max(3, rounds // 2)
+        for backward in (False, True):
+            variants = {name: _operator_run(inputs, name, backward) for name in names}
+            what = "forward + backward" if backward else "forward"
+            yield from alternate(f"{what}, {tokens:,} tokens", variants, device, few, warm_up=1)
+
+
+def available_backends(device: str) -> list[str]:
+    """The backends that run on this device, the definition first."""
+    probe = torch.zeros(1, 1, 1, 4, device=device)
+    names = []
+    for name in ops.BACKENDS:
+        try:
+            ops.delta_rule(*[probe] * 6, backend=name)
+            names.append(name)
+        except (ImportError, ValueError):
+            pass
+    return names
+
+
+def _operator_inputs(device: str, batch: int, tokens: int, states: int, rank: int) -> list[Tensor]:
+    """q, k, v, keep, erase, write as an untrained adapter makes them."""
+    torch.manual_seed(0)
+    q, k, v, gate = torch.randn(4, batch, tokens, states, rank, device=device)
+    write = torch.sigmoid(gate - 1.5)
+    q, k = (nn.functional.normalize(x.tanh(), dim=-1) for x in (q, k))
+    return [x.contiguous() for x in (q, k, v, 1 - write, write, write)]
+
+
+def _operator_run(inputs: list[Tensor], backend: str, backward: bool) -> Callable[[], None]:
+    leaves = [x.clone().requires_grad_(backward) for x in inputs]
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            reads, state = ops.delta_rule(*leaves, backend=backend)
+            if backward:
+                torch.autograd.grad(reads.sum() + state.sum(), leaves)
+
+    return run
+
+
+# ---- the model around it -------------------------------------------------------------------------
+
+
+def backbone(device: str) -> nn.Module:
+    """A Qwen3 with random weights: the shape of Qwen3-4B in bfloat16 on a GPU, a small one on a CPU."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    torch.manual_seed(0)
+    config = Qwen3Config(**(QWEN3_4B if device == "cuda" else SMALL))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same model with hooks of its own and the same weights, which are not copied."""
+    return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
+
+
+def with_memory(frozen: nn.Module, config: DeltaMemConfig) -> DeltaMemModel:
+    return DeltaMemModel(twin(frozen), config)
+
+
+def prefill(frozen: nn.Module, device: str, tokens: int, rounds: int) -> Iterator[Row]:
+    """Reading a prompt of `tokens` with a KV cache."""
+    ids = _ids(frozen, device, 1, tokens)
+
+    def run(model: nn.Module, memory: bool) -> Callable[[], None]:
+        extra = (lambda: {"memory": model.new_memory()}) if memory else dict
+
+        def call() -> None:
+            with torch.no_grad():
+                model(ids, use_cache=True, logits_to_keep=1, **extra())
+
+        return call
+
+    variants = {"frozen": run(frozen, False)}
+    variants |= {name: run(with_memory(frozen, config), True) for name, config in VARIANTS.items()}
+    lora = _lora(frozen)
+    if lora is not None:
+        variants["LoRA r=8"] = run(lora, False)
+    yield from alternate(f"prefill {tokens:,}", variants, device, rounds)
+
+
+def decode(
+    frozen: nn.Module, device: str, context: int, batch: int, compiled: bool, rounds: int, steps: int = 16
+) -> Iterator[Row]:
+    """One token per sequence after `context` tokens; with `compiled`, as CUDA graphs on a static cache."""
+    from transformers import DynamicCache, StaticCache
+
+    ids = _ids(frozen, device, batch, context + 1)
+
+    def run(model: nn.Module, memory: bool) -> Callable[[], None]:
+        config = frozen.config
+        cache = (
+            StaticCache(config, max_cache_len=context + steps) if compiled else DynamicCache(config=config)
+        )
+        options = {"use_cache": True, "past_key_values": cache}
+        if memory:
+            options |= {"memory": model.new_memory(batch), "keep_segment_open": True}
+        with torch.no_grad():
+            model(ids[:, :context], logits_to_keep=1, **options)
+        step = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
+        token, position = ids[:, -1:].clone(), torch.full((batch, 1), context, device=device)
+
+        def call() -> None:
+            with torch.no_grad():
+                for _ in range(steps):
+                    if compiled:  # always the same place in the cache, so that it never fills up
+                        torch.compiler.cudagraph_mark_step_begin()
+                        for layer in cache.layers:
+                            layer.cumulative_length.fill_(context)
+                        step(token, position_ids=position, **options)
+                    else:
+                        step(token, **options)
+            if not compiled:
+                cache.crop(-steps)
+
+        return call
+
+    variants = {"frozen": run(twin(frozen) if compiled else frozen, False)}
+    variants |= {name: run(with_memory(frozen, config), True) for name, config in VARIANTS.items()}
+    how = "compiled" if compiled else "eager"
+    for row in alternate(f"decode at {context:,}, batch {batch}, {how}", variants, device, rounds, warm_up=4):
+        yield {**row, **{key: row[key] / steps for key in ("seconds", "low", "high")}}
+
+
+def training_step(
+    frozen: nn.Module, device: str, write: int, read: int, rounds: int, checkpointing: bool = True
+) -> Iterator[Row]:
+    """Forward and backward of one example: `write` tokens of history, `read` of answer.
+
+    LoRA, which has no memory, reads both as one sequence; the loss is on the last `read` tokens.
+    """
+    history, answer = _ids(frozen, device, 1, write + read).split([write, read], 1)
+
+    def prepare(model: nn.Module, backbone: nn.Module) -> nn.Module:
+        model.train()
+        if checkpointing:
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def memory_step(config: DeltaMemConfig) -> Callable[[], None]:
+        own = with_memory(frozen, config)
+        model = prepare(own, own.backbone)
+
+        def call() -> None:
+            memory = model.new_memory()
+            model(history, memory=memory, use_cache=False, logits_to_keep=1)
+            model(answer, memory=memory, write=False, labels=answer, use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        return call
+
+    def lora_step() -> Callable[[], None] | None:
+        model = _lora(frozen)
+        if model is None:
+            return None
+        prepare(model, model.get_base_model())
+        ids = torch.cat([history, answer], 1)
+
+        def call() -> None:
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=read).logits[0, :-1].float()
+            nn.functional.cross_entropy(logits, answer[0, 1:]).backward()
+            model.zero_grad(set_to_none=True)
+
+        return call
+
+    variants = {"LoRA r=8": lora_step()} if _lora(frozen) is not None else {}
+    variants |= {name: memory_step(config) for name, config in VARIANTS.items()}
+    yield from alternate(
+        f"training step, write {write:,} + read {read:,}", variants, device, rounds, warm_up=1
+    )
+
+
+def long_write(frozen: nn.Module, device: str, chunk: int = 2048, rounds: int = 3) -> Iterator[Row]:
+    """A long text written in chunks, no KV cache kept: time per chunk at its beginning and its end."""
+    model = with_memory(frozen, DeltaMemConfig())
+    ids, memory = _ids(frozen, device, 1, chunk), model.new_memory()
+
+    def call() -> None:
+        model.write(memory, ids)
+
+    for tokens in (16384, 32768, 65536):
+        while int(memory.tokens_written) < tokens - rounds * chunk:
+            call()
+        row = next(
+            alternate(f"chunk of {chunk:,} up to {tokens:,} written", {"delta TSW": call}, device, rounds, 0)
+        )
+        yield {**row, "bytes": memory.nbytes}
+
+
+def _lora(frozen: nn.Module) -> nn.Module | None:
+    """A PEFT LoRA of rank 8 on the projections that the default memory corrects; None without peft."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return None
+    return get_peft_model(twin(frozen), LoraConfig(r=8, target_modules=["q_proj", "o_proj"])).eval()
+
+
+def _ids(model: nn.Module, device: str, batch: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(100, model.config.vocab_size, (batch, tokens), generator=generator).to(device)
+
+
+def model(device: str, rounds: int = 7, compiled: bool = True) -> Iterator[Row]:
+    """All model rows, at the sizes that suit the device."""
+    frozen = backbone(device)
+    gpu = device == "cuda"
+    parts = [lambda: prefill(frozen, device, 8192 if gpu else 2048, rounds)]
+    for batch in (1, 32) if gpu else (1,):
+        parts.append(lambda batch=batch: decode(frozen, device, 512, batch, False, rounds))
+        if gpu and compiled:
+            parts.append(lambda batch=batch: decode(frozen, device, 512, batch, True, rounds))
+    parts.append(
+        lambda: training_step(frozen, device, *((8192, 512) if gpu else (512, 128)), max(3, rounds // 2))
+    )
+    if not gpu:
+        parts.append(lambda: long_write(frozen, device))
+    for part in parts:
+        yield from part()
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
