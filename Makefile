@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-dev  ## install, then run the tests
 lint: $(VENV)/.installed-dev  ## install, then check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed-dev  ## install, then measure what the memory costs on this machine
+	$(BIN)/delta-mem bench --output bench.json
 
 clean:  ## remove build outputs and caches; keeps .venv
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .chat import chat
 from .convert import convert
 from .demo import demo
@@ -40,5 +41,5 @@ def root(
     """
 
 
-for command in (chat, info, convert, demo):
+for command in (chat, info, convert, demo, bench):
     app.command()(command)
