@@ -139,9 +139,9 @@ def test_layers_spread_over_two_devices():
 
 def test_a_memory_on_the_wrong_device_is_refused():
     on_cpu, on_gpu = pair(CONFIGS["token"])
-    with pytest.raises(dm.IncompatibleMemoryError, match=r"on cpu.*memory.to\('cuda:0'\)"):
+    with pytest.raises(dm.IncompatibleMemoryError, match=r"on cpu, the adapter on cuda:0"):
         on_gpu(IDS.cuda(), memory=on_cpu.new_memory(3))
     memory = on_cpu.new_memory(3)
     on_cpu.write(memory, IDS)
-    moved = memory.to("cuda")
-    on_gpu.write(moved, IDS.cuda())
+    on_gpu.write(memory.to("cuda"), IDS.cuda())
+    on_gpu.write(on_gpu.place(memory), IDS.cuda())

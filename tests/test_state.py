@@ -217,12 +217,21 @@ def test_a_memory_that_does_not_fit_is_refused(model, memory):
             other(IDS, memory=memory)
     with pytest.raises(dm.IncompatibleMemoryError, match=r"3 row\(s\), the input 2"):
         model(IDS[:2], memory=memory)
-    with pytest.raises(dm.IncompatibleMemoryError, match=r"on meta.*memory.to\('cpu'\)"):
+    with pytest.raises(dm.IncompatibleMemoryError, match=r"on meta, the adapter on cpu; use model.place"):
         model(IDS, memory=memory.to("meta"))
     with pytest.raises(TypeError, match="float32"):
         memory.to(torch.bfloat16)
     with pytest.raises(TypeError, match="MemoryState"):
         model(IDS, memory={})
+
+
+def test_placed_where_the_model_is(model, memory):
+    placed = model.place(memory)
+    same(placed, memory)
+    assert placed.layers[0] is not memory.layers[0]
+    other = dm.DeltaMemModel(backbone("qwen3"), dm.DeltaMemConfig(layers=(1,)))
+    with pytest.raises(dm.IncompatibleMemoryError, match="layers"):
+        other.place(memory)
 
 
 def test_an_adapter_cast_to_half_precision_knows_its_memories(model):

@@ -216,7 +216,7 @@ class ChatSession:
         folder, values = Path(path), read_session(path)
 
         def memory(name):
-            loaded = MemoryState.load(folder / name, device=model.new_memory().tokens_written.device)
+            loaded = model.place(MemoryState.load(folder / name))
             model.check_memory(loaded, 1)
             return loaded
 

@@ -280,6 +280,8 @@ def config_from_official(values: Mapping[str, Any], file: str | os.PathLike = CO
             raise AdapterFormatError(f"{file}: {name}: {given!r} is none of {', '.join(table)}.")
         return table[given]
 
+    if "delta_heads" not in values:
+        raise AdapterFormatError(f"{file}: delta_heads: missing.")
     scaled = values.pop("trainable_delta_scale", False)
     granularity = choice("delta_scale_granularity", {"layer": "layer", "head": "head"}, "layer")
     fields = {

@@ -79,3 +79,9 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def version(tensor: Tensor) -> tuple:
+    """Changes when the tensor is written to or replaced. (Inference tensors keep no count of writes.)"""
+    count = None if tensor.is_inference() else tensor._version
+    return tensor.dtype, tensor.device, tensor.data_ptr(), count

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+from .files import version
 from .config import HEADS, DeltaMemConfig
 from .ops.activation import direction
 from .state import MemoryState
@@ -269,7 +270,8 @@ class DeltaMemory(nn.Module):
     def correct(self, head: str, reads: Tensor, output: Tensor) -> Tensor:
         """`output` plus the correction of projection `head` by `reads`, in output's dtype.
 
-        Without gradients it may be computed in `output` itself.
+        Without gradients it may be computed in `output` itself: whoever keeps what a hook saw of the
+        projection before, keeps a copy.
 
         Args:
             head: one of the configured heads.
@@ -297,10 +299,10 @@ class DeltaMemory(nn.Module):
         weight = getattr(self, name)
         if weight.dtype == dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return weight.to(dtype)
-        version = (dtype, weight.device, weight.data_ptr(), weight._version)
+        source = (dtype, *version(weight))
         kept = self._casts.get(name)
-        if kept is None or kept[0] != version:
-            kept = self._casts[name] = (version, weight.to(dtype))
+        if kept is None or kept[0] != source:
+            kept = self._casts[name] = (source, weight.to(dtype))
         return kept[1]
 
     def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from .backbones import (
 )
 from .config import DeltaMemConfig
 from .errors import IncompatibleMemoryError, UnsupportedBackboneError
+from .files import version
 from .memory import DeltaMemory
 from .state import MemoryState, OpenSegment
 
@@ -167,9 +168,9 @@ class DeltaMemModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Identifies the adapter: what a memory's `adapter` must be. See `checkpoint.fingerprint`."""
-        version = tuple((p.data_ptr(), p._version) for p in self.adapters.parameters())
-        if self._fingerprint is None or self._fingerprint[0] != version:
-            self._fingerprint = (version, checkpoint.fingerprint(self.delta_config, self.named_weights()))
+        source = [version(parameter) for parameter in self.adapters.parameters()]
+        if self._fingerprint is None or self._fingerprint[0] != source:
+            self._fingerprint = (source, checkpoint.fingerprint(self.delta_config, self.named_weights()))
         return self._fingerprint[1]
 
     def named_weights(self) -> dict[str, Tensor]:
@@ -204,6 +205,17 @@ class DeltaMemModel(nn.Module):
             None if self.training else self.fingerprint(),
             getattr(self.config, "_name_or_path", "") or self.config.model_type,
         )
+
+    def place(self, memory: MemoryState) -> MemoryState:
+        """A copy of `memory` with every layer where this model's adapter has it: on one device or several.
+
+        Raises:
+            IncompatibleMemoryError: a memory of other layers.
+        """
+        here = self.new_memory(memory.batch_size)
+        if memory.layers.keys() != here.layers.keys():
+            self.check_memory(memory, memory.batch_size)  # says what is wrong
+        return memory.combine([memory, here], lambda pair: pair[0].to(pair[1].device, copy=True))
 
     def close_segment(self, memory: MemoryState) -> None:
         """Writes the segments that are still open, in place. Does nothing under token writes."""
@@ -447,7 +459,7 @@ class DeltaMemModel(nn.Module):
             if state.device != device:
                 raise IncompatibleMemoryError(
                     f"the memory's layer {index} is on {state.device}, the adapter on {device}; "
-                    f"use memory.to({str(device)!r})."
+                    "use model.place(memory)."
                 )
         if (memory.open_segment is None) != (config.write == "token"):
             raise IncompatibleMemoryError(f"the memory is not one of write={config.write!r}.")

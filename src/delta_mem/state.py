@@ -143,7 +143,7 @@ class MemoryState:
             difference = first._difference(other)
             if difference:
                 raise IncompatibleMemoryError(f"memory {index} does not stack on memory 0: {difference}")
-        result = first._map_many(memories, torch.cat)
+        result = first.combine(memories, torch.cat)
         result.adapter = next((m.adapter for m in memories if m.adapter is not None), None)
         result.created = min(memory.created for memory in memories)
         return result
@@ -266,12 +266,12 @@ class MemoryState:
     # ---- helpers ---------------------------------------------------------------------------------
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
-        return self._map_many([self], lambda tensors: fn(tensors[0]))
+        return self.combine([self], lambda tensors: fn(tensors[0]))
 
-    def _map_many(
+    def combine(
         self, memories: Sequence[MemoryState], fn: Callable[[Sequence[Tensor]], Tensor]
     ) -> MemoryState:
-        """A memory whose every tensor is `fn` of the same tensor of each of `memories`."""
+        """A memory whose every tensor is `fn` of the same tensor of each of `memories`; the rest is ours."""
         segments = [memory.open_segment for memory in memories]
         segment = None
         if self.open_segment is not None:
