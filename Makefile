@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-cli  ## install, then run the offline demonstration
 	$(BIN)/delta-mem demo
 
 test: $(VENV)/.installed-dev  ## install, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## install, then check style and formatting
 	$(BIN)/ruff check .

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .files import version
 from .config import HEADS, DeltaMemConfig
+from .files import version
 from .ops.activation import direction
 from .state import MemoryState
 
