@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 import delta_mem as dm
 from delta_mem.segments import encode_messages
 
-CHATML = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+TURN = "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+CHATML = "{% for message in messages %}" + TURN + "{% endfor %}"
 
 
 def sessions(conversation: dict) -> Iterator[list[dict[str, str]]]:
