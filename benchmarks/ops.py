@@ -1,8 +1,9 @@
-"""How fast each backend of `delta_rule` is, on this machine.
+"""How fast each backend of `delta_rule`, or of `advance`, is on this machine.
 
     python benchmarks/ops.py                                 # 8,192 tokens, rank 8, one state
     python benchmarks/ops.py --tokens 2048 --rank 64 --states 4 --backward
-    python benchmarks/ops.py --device cuda
+    python benchmarks/ops.py --advance --tokens 1            # what decoding pays per layer
+    python benchmarks/ops.py --device cuda --backends chunked,triton
 
 The backends take turns in every round, so that whatever else the machine does meets all of them.
 Printed per backend: the median over the rounds, the fastest and the slowest round, and how many
@@ -13,11 +14,13 @@ import argparse
 import platform
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from delta_mem.ops import BACKENDS, delta_rule
+from delta_mem.benchmark import available_backends
+from delta_mem.ops import Rule, advance, delta_rule
 
 
 def example(args: argparse.Namespace) -> list[torch.Tensor]:
@@ -29,17 +32,35 @@ def example(args: argparse.Namespace) -> list[torch.Tensor]:
     return [x.clone().requires_grad_(args.backward) for x in (q, k, v, 1 - write, write, write)]
 
 
-def seconds(inputs: list[torch.Tensor], backend: str, backward: bool) -> float:
-    device = inputs[0].device
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def call(args: argparse.Namespace) -> Callable[[str], None]:
+    """What is timed, given a backend."""
+    if args.advance:
+        rule = Rule(args.states, args.rank)
+        z = torch.randn(args.batch, args.tokens, sum(rule.sections.values()), device=args.device)
+        gate_bias = torch.full((rule.sections["beta"],), -1.5, device=args.device)
+        state = torch.zeros(args.batch, args.states, args.rank, args.rank, device=args.device)
+        return lambda backend: advance(z, gate_bias, state, rule, backend=backend)
+
+    inputs = example(args)
+
+    def run(backend: str) -> None:
+        reads, state = delta_rule(*inputs, backend=backend)
+        if args.backward:
+            torch.autograd.grad(reads.sum() + state.sum(), inputs)
+
+    return run
+
+
+def milliseconds(run: Callable[[str], None], backend: str, args: argparse.Namespace) -> float:
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    times = max(1, 1000 // args.tokens)  # a single short call is lost in the clock
     wait()
     start = time.perf_counter()
-    with torch.set_grad_enabled(backward):
-        reads, state = delta_rule(*inputs, backend=backend)
-    if backward:
-        torch.autograd.grad(reads.sum() + state.sum(), inputs)
+    with torch.set_grad_enabled(args.backward):
+        for _ in range(times):
+            run(backend)
     wait()
-    return time.perf_counter() - start
+    return 1e3 * (time.perf_counter() - start) / times
 
 
 def main() -> None:
@@ -49,33 +70,38 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--states", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--backward", action="store_true", help="time both passes")
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--backward", action="store_true", help="time both passes")
+    what.add_argument("--advance", action="store_true", help="time `advance`, from projections on")
+    parser.add_argument("--backends", help="names, with commas between; default: all that run here")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
+    backends = args.backends.split(",") if args.backends else available_backends(args.device)
+
     torch.manual_seed(0)
-    inputs = example(args)
-    times = {backend: [] for backend in args.backends}
+    run = call(args)
+    times = {backend: [] for backend in backends}
     for round in range(-1, args.rounds):  # round −1 warms up
-        for backend in args.backends:
-            spent = seconds(inputs, backend, args.backward)
+        for backend in backends:
+            spent = milliseconds(run, backend, args)
             if round >= 0:
-                times[backend].append(1e3 * spent)
+                times[backend].append(spent)
 
     on = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    name = "advance" if args.advance else "forward + backward" if args.backward else "forward, no_grad"
     print(
         f"{args.tokens} tokens, rank {args.rank}, {args.states} state(s), batch {args.batch}, "
-        f"{'forward + backward' if args.backward else 'forward, no_grad'}; "
+        f"{name}; "
         f"{on}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds"
     )
     print(f"{'backend':<10}{'median ms':>12}{'fastest':>12}{'slowest':>12}{'times faster':>14}")
-    first = statistics.median(times[args.backends[0]])
+    first = statistics.median(times[backends[0]])
     for backend, ms in times.items():
         median = statistics.median(ms)
         ratio = first / median
-        print(f"{backend:<10}{median:>12.2f}{min(ms):>12.2f}{max(ms):>12.2f}{ratio:>14.1f}")
+        print(f"{backend:<10}{median:>12.4f}{min(ms):>12.4f}{max(ms):>12.4f}{ratio:>14.1f}")
 
 
 if __name__ == "__main__":

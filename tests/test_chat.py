@@ -148,6 +148,29 @@ def test_a_streamer_of_ones_own(token_model):
         list(session(token_model).stream(LINES[0], streamer=collect))
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_a_static_cache_and_a_reply_that_ends_by_length(family):
+    model = make(family=family)
+    plain, static = session(model), session(model, cache_implementation="static")
+    for line in LINES[:2]:
+        assert static.send(line) == plain.send(line)
+    same(static.memory, plain.memory)
+
+
+def test_generation_settings_from_where_one_expects_them(token_model):
+    from transformers import GenerationConfig
+
+    chat = dm.ChatSession(token_model, TOKENIZER)
+    free = chat.fork().send(LINES[0], max_new_tokens=6, do_sample=False)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    short = chat.fork().send(LINES[0], generation_config=config, pad_token_id=0)
+    assert free.startswith(short) and len(short) < len(free)
+    assert config.eos_token_id is None
+    word = TOKENIZER.decode(TOKENIZER(free, add_special_tokens=False)["input_ids"][1])
+    chat.send(LINES[0], max_new_tokens=6, do_sample=False, stop_strings=[word])
+    assert word in chat.messages[-1]["content"]
+
+
 def test_an_interrupted_stream_keeps_what_was_said(model):
     words = [index for token, index in TOKENIZER.get_vocab().items() if token.startswith("Ġ")]
     chat = session(model, max_new_tokens=60, prefix_allowed_tokens_fn=lambda *_: words)

@@ -87,6 +87,24 @@ def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
+def test_a_save_torn_in_the_middle_is_noticed(tmp_path, monkeypatch):
+    dm.DeltaMemModel(backbone("qwen3")).save_pretrained(tmp_path)
+    replaced, replace = [], os.replace
+
+    def crash_at_the_third(*args):
+        replaced.append(args)
+        if len(replaced) == 3:
+            raise OSError("power cut")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", crash_at_the_third)
+    with pytest.raises(OSError, match="power cut"):
+        other = dm.DeltaMemModel(backbone("qwen3", seed=5), dm.DeltaMemConfig(alpha=1.0))
+        other.save_pretrained(tmp_path)
+    with pytest.raises(dm.AdapterFormatError, match="saved with other weights"):
+        checkpoint.load_adapter(tmp_path)
+
+
 def edit(file, **fields):
     values = json.loads(file.read_text())
     values.update(fields)

@@ -215,3 +215,53 @@ def test_a_forward_that_fails_changes_nothing_and_leaves_no_reading_behind():
     same((expected, memory), (expected, before), atol=0, rtol=0)
     with torch.no_grad():
         assert torch.equal(frozen(IDS).logits, expected)
+
+
+def test_nothing_outside_attention_finds_a_reading():
+    model = seeded(backbone("qwen3"))
+    projection = model.backbone.model.layers[-1].self_attn.o_proj
+    x = torch.randn(2, 24, 48)
+    with torch.no_grad():
+        before = projection(x)
+        run(model)
+        assert torch.equal(projection(x), before)
+
+
+def test_hooks_of_others_keep_what_they_saw():
+    frozen, seen = backbone("qwen3"), []
+    projection = frozen.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(
+        lambda module, args, output: seen.append((output, output.clone())) and None
+    )
+    run(seeded(frozen))
+    for kept, copied in seen:
+        assert torch.equal(kept, copied)
+
+
+def test_a_lora_merged_under_the_memory_is_noticed():
+    wrapped = lora(backbone("qwen3"))
+    model = seeded(wrapped)
+    run(model)
+    wrapped.merge_and_unload()
+    with pytest.raises(RuntimeError, match="q_proj was replaced after the memory was attached"):
+        model(IDS)
+
+
+def test_prompt_learning_is_refused():
+    from peft import PrefixTuningConfig
+
+    wrapped = get_peft_model(
+        backbone("qwen3"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    with pytest.raises(dm.UnsupportedBackboneError, match="PrefixTuningConfig"):
+        dm.DeltaMemModel(wrapped)
+
+
+def test_autocast_does_not_reach_the_states():
+    model = seeded(backbone("qwen3"))
+    _, memory = run(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        read_only = model(IDS, memory=memory, write=False).logits
+        masked = model(IDS, memory=memory, write=torch.zeros_like(IDS, dtype=torch.bool)).logits
+    torch.testing.assert_close(read_only, masked)
+    assert all(state.dtype == torch.float32 for state in memory.layers.values())

@@ -119,6 +119,12 @@ def find_attention_layers(backbone: nn.Module) -> dict[int, AttentionLayer]:
     """
     model = causal_lm(backbone)
     name = type(model).__name__
+    for peft_config in getattr(backbone, "peft_config", {}).values():
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise UnsupportedBackboneError(
+                f"{type(backbone).__name__} with {type(peft_config).__name__}: PEFT methods that put tokens "
+                "or a cache of their own before the prompt do not go together with a memory."
+            )
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "generate"):
         raise UnsupportedBackboneError(f"{name} is no causal language model of transformers.")
@@ -208,13 +214,31 @@ class MemoryCall:
         self.left: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.inputs: dict[int, Tensor] | None = {} if keep_inputs else None
 
+    def take(self, index: int, adapter: DeltaMemory, hidden: Tensor) -> Tensor:
+        """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
+        plan = self._plan_on(hidden.device)
+        if self.inputs is None and hidden.shape[1] == 1 and plan.writes is not None and plan.segments is None:
+            reads, state = adapter.step(hidden, self.states[index], plan)
+            self.left[index] = (state, None)
+            return reads
+        return self.advance(index, adapter, adapter.project(hidden))
+
     def advance(self, index: int, adapter: DeltaMemory, z: Tensor) -> Tensor:
-        """Reads layer `index` and notes what the layer leaves. Returns the reads."""
-        reads, state, open_sum = adapter.advance(z, self.states[index], self.open_sums.get(index), self.plan)
+        """`take` from the adapter's projections on."""
+        reads, state, open_sum = adapter.advance(
+            z, self.states[index], self.open_sums.get(index), self._plan_on(z.device)
+        )
         self.left[index] = (state, open_sum)
         if self.inputs is not None:
             self.inputs[index] = z
         return reads
+
+    def _plan_on(self, device: torch.device) -> WritePlan:
+        if device == self.memory.tokens_written.device:
+            return self.plan
+        if device not in self.moved:
+            self.moved[device] = self.plan.to(device)
+        return self.moved[device]
 
     def commit(self) -> None:
         """Makes the states that the layers left the memory's.
@@ -252,35 +276,51 @@ class LayerHooks:
 
     def __init__(self, layer: AttentionLayer, adapter: DeltaMemory | None):
         self.layer, self.adapter = layer, adapter
+        self.hooked: dict[str, nn.Module] = {}
 
     def attach(self) -> list[Any]:
         """Puts the hooks on; returns their handles."""
         handles = [self.layer.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)]
         if self.adapter is not None:
+            handles.append(self.layer.module.register_forward_hook(self.after_attention, always_call=True))
             by_path: dict[str, list[str]] = {}
             for head in self.adapter.config.heads:
                 by_path.setdefault(self.layer.slots[head].path, []).append(head)
             for path, heads in by_path.items():
-                module = self.layer.module.get_submodule(path)
+                module = self.hooked[path] = self.layer.module.get_submodule(path)
                 handles.append(module.register_forward_hook(partial(self.after_projection, heads)))
         return handles
 
+    def replaced(self) -> str | None:
+        """The name of a projection that was replaced since, and with it our hook; None if all are there."""
+        for path, module in self.hooked.items():
+            now = self.layer.module.get_submodule(path)
+            if now is not module and all(inner is not module for inner in now.modules()):
+                return f"layer {self.layer.index}: {path}"
+        return None
+
     def before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         call = kwargs.pop(CALL, None)
-        _reading.now = None  # also whatever an exception inside another layer left behind
+        _reading.now = None
         if call is not None and self.adapter is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            reads = call.advance(self.layer.index, self.adapter, self.adapter.project(hidden))
-            _reading.now = (self.adapter, reads)
+            _reading.now = (self.adapter, call.take(self.layer.index, self.adapter, hidden))
         return args, kwargs
+
+    def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
+        _reading.now = None  # also after an exception: nobody else may find this reading
 
     def after_projection(self, heads: list[str], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if getattr(_reading, "now", None) is None or _reading.now[0] is not self.adapter:
             return output
         reads = _reading.now[1]
+        # In place where nobody looks: with gradients autograd does, and other hooks may keep what they saw.
+        in_place = not torch.is_grad_enabled() and len(module._forward_hooks) == 1
+        if len(heads) > 1 and not in_place:
+            output = output.clone()
         for head in heads:
             part = self.layer.slots[head].view(output, -1)
-            corrected = self.adapter.correct(head, reads, part.flatten(reads.dim() - 1))
+            corrected = self.adapter.correct(head, reads, part.flatten(reads.dim() - 1), in_place)
             if part is output:
                 output = corrected
             else:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import TextStreamer
 
 from .errors import AdapterFormatError
@@ -98,7 +98,7 @@ class ChatSession:
 
     @window.setter
     def window(self, window: int | None) -> None:
-        if window is not None and (not isinstance(window, int) or window < 1):
+        if not _is_window(window):
             raise ValueError(f"window must be None or an integer of at least 1, got {window!r}.")
         self._window = window
 
@@ -200,7 +200,7 @@ class ChatSession:
             for kind in ("memory", "before"):
                 for old in folder.glob(f"{kind}-*.safetensors"):
                     if old.name not in files.values():
-                        old.unlink()
+                        old.unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -231,7 +231,7 @@ class ChatSession:
     def _reply(self, message: dict, generate_kwargs: dict, streamer=None, stop=None) -> str:
         """Takes `message` in, generates the reply and takes that in too."""
         before, count = self.memory.fork(), len(self.messages)
-        options = {"max_new_tokens": 512, **self.generate_kwargs, **generate_kwargs}
+        options = {**self.generate_kwargs, **generate_kwargs}
         taken = sorted(_OWN.intersection(options))
         if taken:
             raise ValueError(f"a chat decides {', '.join(taken)} itself; leave it out.")
@@ -261,15 +261,13 @@ class ChatSession:
                     **self.model.last_logit_only(),
                 )  # fmt: skip
             else:
-                ends = self._end_ids(options)
+                config, options = self._generation_config(options, inputs.shape[1])
                 output = self.model.generate(
                     inputs, memory=memory, write=write, segment_ids=segments, keep_segment_open=True,
-                    attention_mask=torch.ones_like(inputs), use_cache=True, return_dict_in_generate=True,
-                    num_beams=1, num_return_sequences=1, eos_token_id=ends, pad_token_id=self._pad_id(ends),
-                    **{key: value for key, value in options.items() if value is not None},
+                    attention_mask=torch.ones_like(inputs), generation_config=config, **options,
                 )  # fmt: skip
                 said = output.sequences[0, inputs.shape[1] :].tolist()
-                self._take_last_token(output, ends, memory, segments)
+                self._take_last_token(output, config.eos_token_id, memory, segments)
                 reply = self.tokenizer.decode(said, skip_special_tokens=True)
                 messages = [*messages, {"role": "assistant", "content": reply}]
         self.memory.assign(memory)
@@ -317,16 +315,28 @@ class ChatSession:
     def _encode(self, messages: list[dict], add_generation_prompt: bool) -> Encoded:
         return encode_messages(self.tokenizer, messages, self.model.delta_config.write, add_generation_prompt)
 
-    def _end_ids(self, options: dict) -> list[int]:
-        given = options.pop("eos_token_id", None)
-        given = self.model.generation_config.eos_token_id if given is None else given
-        ends = given if isinstance(given, list) else [] if given is None else [given]
+    def _generation_config(self, options: dict, prompt: int) -> tuple[GenerationConfig, dict]:
+        """How to generate one reply after `prompt` tokens, and what else generate is to be given."""
+        given = options.pop("generation_config", None) or self.model.generation_config
+        config = copy.deepcopy(given)
+        options = config.update(**{key: value for key, value in options.items() if value is not None})
+        if config.stop_strings:
+            options.setdefault("tokenizer", self.tokenizer)
+        if config.max_new_tokens is None and config.max_length is None:
+            config.max_new_tokens = 512
+        ends = config.eos_token_id
+        ends = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
         own = self.tokenizer.eos_token_id
-        return ends if own is None or own in ends else [*ends, own]
-
-    def _pad_id(self, ends: list[int]) -> int:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else ends[0] if ends else 0
+        config.eos_token_id = ends if own is None or own in ends else [*ends, own]
+        if config.pad_token_id is None:
+            pad = self.tokenizer.pad_token_id
+            config.pad_token_id = pad if pad is not None else next(iter(config.eos_token_id), 0)
+        # A static cache is made to measure, without room for the last token, which is fed afterwards.
+        length = config.max_length if config.max_new_tokens is None else prompt + config.max_new_tokens
+        config.max_cache_len = max(length, config.max_cache_len or 0)
+        config.use_cache = config.return_dict_in_generate = True
+        config.num_beams = config.num_return_sequences = 1
+        return config, options
 
     # ---- streaming -------------------------------------------------------------------------------
 
@@ -371,16 +381,17 @@ def read_session(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: no session there.
         AdapterFormatError: broken; file and field are named.
     """
-    file = Path(path) / SESSION_FILE
+    folder = Path(path)
+    file = folder / SESSION_FILE
     values = read_json(file)
     check_header(file, values, FORMAT, FORMAT_VERSION, ("window", "messages", "memory", "before"))
     if not _are_messages(values["messages"]):
         wrong = "messages"
-    elif not (values["window"] is None or isinstance(values["window"], int)):
+    elif not _is_window(values["window"]):
         wrong = "window"
-    elif not isinstance(values["memory"], str):
+    elif not _is_file_in(folder, values["memory"]):
         wrong = "memory"
-    elif not _is_place(values["before"], len(values["messages"])):
+    elif not _is_place(folder, values["before"], len(values["messages"])):
         wrong = "before"
     else:
         return values
@@ -393,11 +404,19 @@ def _are_messages(value: Any) -> bool:
     )
 
 
-def _is_place(value: Any, messages: int) -> bool:
+def _is_window(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
+def _is_file_in(folder: Path, name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and (folder / name).is_file()
+
+
+def _is_place(folder: Path, value: Any, messages: int) -> bool:
     """Whether `value` is what save() writes of the moment before the last reply."""
     if value is None:
         return True
-    if not isinstance(value, dict) or not isinstance(value.get("memory"), str):
+    if not isinstance(value, dict) or not _is_file_in(folder, value.get("memory")):
         return False
     return isinstance(value.get("messages"), int) and 0 <= value["messages"] < messages
 

@@ -168,7 +168,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
         "config": adapter.config.to_dict(),
         "backbone": adapter.backbone,
     }
-    metadata = {"format": FORMAT, "sha256": checksum(adapter.weights)}
+    values["weights_sha256"] = checksum(adapter.weights)
+    metadata = {"format": FORMAT, "sha256": values["weights_sha256"]}
     write_atomically(folder / WEIGHTS_FILE, save_tensors(adapter.weights, metadata))
     write_atomically(folder / "README.md", model_card(adapter))
     write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
@@ -176,7 +177,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
 
 def _load_ours(folder: Path, values: dict[str, Any]) -> Adapter:
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    check_header(config_file, values, FORMAT, FORMAT_VERSION, ("config", "backbone"))
+    check_header(config_file, values, FORMAT, FORMAT_VERSION, ("config", "backbone", "weights_sha256"))
     config = _config(config_file, values["config"])
     if not weights_file.exists():
         raise AdapterFormatError(f"{weights_file}: missing.")
@@ -191,6 +192,10 @@ def _load_ours(folder: Path, values: dict[str, Any]) -> Adapter:
             raise AdapterFormatError(f"{weights_file}: {name}: not a weight of a δ-mem adapter.")
     if metadata.get("sha256") != checksum(weights):
         raise AdapterFormatError(f"{weights_file}: sha256: the contents are not those that were saved.")
+    if metadata["sha256"] != values["weights_sha256"]:
+        raise AdapterFormatError(
+            f"{config_file}: weights_sha256: saved with other weights than those in {weights_file.name}."
+        )
     return Adapter(config, weights, values["backbone"], str(weights_file))
 
 
@@ -276,13 +281,15 @@ def config_from_official(values: Mapping[str, Any], file: str | os.PathLike = CO
 
     def choice(name, table, default):
         given = values.pop(name, default)
-        if given not in table:
+        if not isinstance(given, str) or given not in table:
             raise AdapterFormatError(f"{file}: {name}: {given!r} is none of {', '.join(table)}.")
         return table[given]
 
     if "delta_heads" not in values:
         raise AdapterFormatError(f"{file}: delta_heads: missing.")
     scaled = values.pop("trainable_delta_scale", False)
+    if not isinstance(scaled, bool):
+        raise AdapterFormatError(f"{file}: trainable_delta_scale: {scaled!r} is not true or false.")
     granularity = choice("delta_scale_granularity", {"layer": "layer", "head": "head"}, "layer")
     fields = {
         "update": choice("state_update_mode", _OFFICIAL_UPDATES, "standard"),
@@ -368,6 +375,8 @@ def _load_official(folder: Path, values: dict[str, Any]) -> Adapter:
         name = _OFFICIAL_NAMES.get(match[2]) if match else None
         if name is None or not isinstance(tensor, Tensor):
             raise AdapterFormatError(f"{weights_file}: {key}: not a weight of a δ-mem adapter.")
+        if (tensor.dim() == 2) != (name.endswith("_proj") or name.startswith("delta_")):
+            raise AdapterFormatError(f"{weights_file}: {key}: cannot be {list(tensor.shape)}.")
         if name.startswith("delta_"):
             sizes[name[-1]] = tensor.shape[0]
             # The authors store all four corrections, also those of heads that are not used.

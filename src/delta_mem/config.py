@@ -88,7 +88,7 @@ class DeltaMemConfig:
             _require(getattr(self, name) in choices, ValueError, name, f"one of {known}", self)
 
         heads = _as_tuple(self, "heads")
-        fits = bool(heads) and len(set(heads)) == len(heads) and set(heads) <= set(HEADS)
+        fits = bool(heads) and all(head in HEADS for head in heads) and len(set(heads)) == len(heads)
         _require(fits, ValueError, "heads", "a non-empty choice of 'q', 'k', 'v', 'o'", self)
         object.__setattr__(self, "heads", tuple(head for head in HEADS if head in heads))
         if self.layers is not None:

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from .errors import AdapterFormatError
 
+# Asking for it means setting it, for all threads: once, at import.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     """Writes `data` to `path` by way of a temporary name, so that a crash leaves the old file whole."""
@@ -27,10 +31,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; give it the rights that open() would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files for the owner alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -21,7 +21,8 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStri
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 
-from .backbones import CALL, MemoryCall
+from .backbones import CALL, MemoryCall, causal_lm
+from .errors import UnsupportedBackboneError
 from .state import MemoryState
 
 _DECODERS = {
@@ -124,9 +125,9 @@ class MemoryLayer(CacheLayerMixin):
     # ---- what the cache is told ------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens of the last forward back."""
-        removed = abs(tokens_to_remove)
-        if removed == 0 or self.last is None:
+        """Takes the last tokens of the last forward back; `tokens_to_remove` is zero or negative."""
+        removed = -tokens_to_remove
+        if removed <= 0 or self.last is None:
             return
         found, call, inputs = self.last
         kept = call.inputs[next(iter(call.inputs))].shape[1] - removed
@@ -169,7 +170,7 @@ class MemoryLayer(CacheLayerMixin):
     def prefetch(self) -> None: ...
 
     def reset(self) -> None:
-        self.memory.reset()
+        raise RuntimeError("a cache with a memory in it cannot be reset; reset the memory itself.")
 
 
 def memory_layer(cache: Any) -> MemoryLayer | None:
@@ -241,7 +242,7 @@ def generate(
         for name in ("streamer", "synced_gpus", "assistant_model", "tokenizer", "assistant_tokenizer")
         if kwargs.get(name) is not None
     }
-    kwargs = _with_stop_strings(kwargs)
+    kwargs = _with_stop_strings(kwargs, causal_lm(backbone).generation_config)
     final: list[MemoryState] = []
 
     def decode(
@@ -282,7 +283,7 @@ def generate(
         )
         returns_dict = generation_config.return_dict_in_generate
         generation_config.return_dict_in_generate = returns_dict or beams
-        if not beams:
+        if not beams and not assisted:  # there, criteria are also asked of drafts that may be rejected
             stopping_criteria = _Alive(stopping_criteria, layer.alive)
         cache.layers.append(layer)
         try:
@@ -296,6 +297,10 @@ def generate(
             )
         finally:
             cache.layers.remove(layer)
+        if layer.fed < layer.mask.shape[1]:
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} generated without the cache it was given, so without the memory."
+            )
         if not beams:
             final.append(layer.memory)
             return output
@@ -322,6 +327,11 @@ def _prompt(
     tokens = input_ids.shape[1]
     if tokens in (0, mask.shape[1]):
         tokens = mask.shape[1] - cache.get_seq_length()
+    if tokens <= 0:
+        raise ValueError(
+            "the cache holds the whole prompt already: pass the past ids too, or an attention_mask over past "
+            "and new tokens."
+        )
     mask = mask[:, -tokens:].bool()
     rows = rows.to(mask.device)
     if isinstance(write, Tensor):
@@ -358,17 +368,17 @@ def _of_hypotheses(history: list[MemoryState], beam_indices: Tensor) -> MemorySt
     )
 
 
-def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _with_stop_strings(kwargs: dict[str, Any], default: GenerationConfig) -> dict[str, Any]:
     """`kwargs` with stop_strings as a stopping criterion: a callable custom_generate loses the tokenizer."""
     config = kwargs.get("generation_config")
-    strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
+    strings = kwargs.get("stop_strings") or getattr(config or default, "stop_strings", None)
     if not strings:
         return kwargs
     if kwargs.get("tokenizer") is None:
         raise ValueError("generate(stop_strings=…) needs the tokenizer: pass tokenizer=….")
     kwargs = {key: value for key, value in kwargs.items() if key != "stop_strings"}
-    if config is not None and config.stop_strings:
-        kwargs["generation_config"] = copy.deepcopy(config)
+    if (config or default).stop_strings:
+        kwargs["generation_config"] = copy.deepcopy(config or default)
         kwargs["generation_config"].stop_strings = None
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
     criteria.append(StopStringCriteria(kwargs["tokenizer"], strings))

@@ -4,6 +4,7 @@ The reader's path through one call, for one layer, on its attention's input h [b
 
     project        h -> z: W_q h, W_k h, W_v h and the gates' W h, in one matrix product
     advance        z and the state -> readings and the new state, by `ops.advance`
+    step           both of them for one token, by `ops.step`
     correct        a reading -> the correction of q, k, v or o: alpha / r * s * W_delta m
 
 `WritePlan` says, once for all layers, which tokens read, which write, and where segments end.
@@ -131,7 +132,8 @@ def plan_writes(
     closes = any_writes & (before.count > 0) & (final[:, 0] < 0)
 
     open_before = before.count.float()
-    counts = torch.zeros(final.shape, device=device).scatter_add(1, index, member.float())
+    counts = torch.zeros(final.shape, dtype=torch.float32, device=device)
+    counts = counts.scatter_add(1, index, member.float())
     counts[:, 0] += open_before.masked_fill(closes, 0)
     ends = present & (position == final.gather(1, index)) & (counts.gather(1, index) > 0)
     # A row that nobody writes to in this call is left as it is, its open segment included.
@@ -253,9 +255,11 @@ class DeltaMemory(nn.Module):
             reads float32 [batch, tokens, D]; the new state; the new open sum. None of the inputs changes.
         """
         if plan.writes is None:
-            reads = torch.einsum("bhij,bthj->bthi", state, direction(z[..., : self.config.width], self.rule))
+            with torch.autocast(z.device.type, enabled=False):
+                query = direction(z[..., : self.config.width], self.rule)
+                reads = torch.einsum("bhij,bthj->bthi", state, query)
             if plan.mask is not None:
-                reads = reads * plan.mask[..., None, None]
+                reads = reads.masked_fill(~plan.mask[..., None, None], 0)
             return reads.flatten(2), state, open_sum
 
         writes, segments = plan.writes, plan.segments
@@ -267,16 +271,30 @@ class DeltaMemory(nn.Module):
         reads, state = ops.advance(z, self.gate_bias.float(), state, self.rule, writes, plan.mask)
         return reads.flatten(2), state, open_sum
 
-    def correct(self, head: str, reads: Tensor, output: Tensor) -> Tensor:
-        """`output` plus the correction of projection `head` by `reads`, in output's dtype.
+    def step(self, hidden: Tensor, state: Tensor, plan: WritePlan) -> tuple[Tensor, Tensor]:
+        """`project` and `advance` of one token, under token writes: one kernel where there is one.
 
-        Without gradients it may be computed in `output` itself: whoever keeps what a hook saw of the
-        projection before, keeps a copy.
+        Args:
+            hidden: [batch, 1, hidden].
+            state, plan: as in `advance`.
+
+        Returns:
+            reads [batch, 1, D] in hidden's dtype, and the new state.
+        """
+        weight = self._weight("in_proj", hidden.dtype)
+        reads, state = ops.step(
+            hidden, weight, self.gate_bias.float(), state, self.rule, plan.writes, plan.mask
+        )
+        return reads.flatten(2), state
+
+    def correct(self, head: str, reads: Tensor, output: Tensor, in_place: bool = False) -> Tensor:
+        """`output` plus the correction of projection `head` by `reads`, in output's dtype.
 
         Args:
             head: one of the configured heads.
             reads: float32 [batch, tokens, D].
             output: [batch, tokens, size], what the projection gave.
+            in_place: may write to `output`: a second tensor of its size would double what it takes.
         """
         weight = self._weight(f"delta_{head}", output.dtype)
         scale = self.config.alpha / self.config.rank
@@ -289,10 +307,8 @@ class DeltaMemory(nn.Module):
             norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=self.config.o_norm_eps)
             return output + (norm * self.o_norm_weight).to(output.dtype)
         flat, reads = output.flatten(0, -2), reads.flatten(0, -2)
-        if torch.is_grad_enabled():
-            return torch.addmm(flat, reads, weight.t(), alpha=scale).view(output.shape)
-        # In place: a second tensor of the size of a projection's output would double what it takes.
-        return flat.addmm_(reads, weight.t(), alpha=scale).view(output.shape)
+        add = flat.addmm_ if in_place else flat.addmm
+        return add(reads, weight.t(), alpha=scale).view(output.shape)
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight in the backbone's dtype. For inference the cast is made once and kept."""

@@ -79,7 +79,6 @@ class DeltaMemModel(nn.Module):
         self.backbone = backbone
         self.train(backbone.training)
         self._enabled, self._attached = True, True
-        self._fingerprint: tuple[Any, str] | None = None
         self._was_trainable = [p for p in backbone.parameters() if p.requires_grad]
         for parameter in self._was_trainable:
             parameter.requires_grad_(False)
@@ -88,8 +87,9 @@ class DeltaMemModel(nn.Module):
             model.register_forward_pre_hook(generation.before_forward, with_kwargs=True),
             model.register_forward_hook(generation.after_forward, with_kwargs=True),
         ]
-        for index, layer in found.items():
-            self._handles += LayerHooks(layer, adapters.get(index)).attach()
+        self._hooks = [LayerHooks(layer, adapters.get(index)) for index, layer in found.items()]
+        for hooks in self._hooks:
+            self._handles += hooks.attach()
         try:
             _check_reach(model, found[next(iter(adapters))].module)
         except BaseException:
@@ -173,6 +173,11 @@ class DeltaMemModel(nn.Module):
             self._fingerprint = (source, checkpoint.fingerprint(self.delta_config, self.named_weights()))
         return self._fingerprint[1]
 
+    def train(self, mode: bool = True) -> DeltaMemModel:
+        """As `nn.Module.train`. The fingerprint is computed anew: weights may have been changed unseen."""
+        self._fingerprint = None
+        return super().train(mode)
+
     def named_weights(self) -> dict[str, Tensor]:
         """{"layers.<index>.<name>": tensor}: the adapter's weights as files name them; views."""
         return {
@@ -191,19 +196,25 @@ class DeltaMemModel(nn.Module):
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        memory = self._blank_memory(batch_size)
+        memory.adapter = None if self.training else self.fingerprint()
+        return memory
+
+    def _blank_memory(self, batch_size: int) -> MemoryState:
+        """`new_memory` without a fingerprint: for a call that throws it away."""
         config, layers, sums = self.delta_config, {}, {}
         for name, adapter in self.adapters.items():
             device = adapter.in_proj.device
             size = (batch_size, config.num_states, config.rank, config.rank)
-            layers[int(name)] = torch.zeros(size, device=device)
-            sums[int(name)] = torch.zeros(batch_size, len(adapter.in_proj) - config.width, device=device)
+            features = len(adapter.in_proj) - config.width
+            layers[int(name)] = torch.zeros(size, dtype=torch.float32, device=device)
+            sums[int(name)] = torch.zeros(batch_size, features, dtype=torch.float32, device=device)
         zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
         return MemoryState(
             layers,
             zero,
             None if config.write == "token" else OpenSegment(sums, zero.clone(), zero - 1),
-            None if self.training else self.fingerprint(),
-            getattr(self.config, "_name_or_path", "") or self.config.model_type,
+            backbone=getattr(self.config, "_name_or_path", "") or self.config.model_type,
         )
 
     def place(self, memory: MemoryState) -> MemoryState:
@@ -223,9 +234,10 @@ class DeltaMemModel(nn.Module):
         segment = memory.open_segment
         if segment is None:
             return
-        rows, count = segment.count > 0, segment.count.float()
         memory.layers = {
-            index: self.adapters[str(index)].close_segment(state, segment.sums[index], count, rows)
+            index: self.adapters[str(index)].close_segment(
+                state, segment.sums[index], segment.count.to(state.device), segment.count.to(state.device) > 0
+            )
             for index, state in memory.layers.items()
         }
         memory.open_segment = OpenSegment(
@@ -271,9 +283,9 @@ class DeltaMemModel(nn.Module):
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self._check_attached()
         shape = self._check_inputs(input_ids, kwargs.get("inputs_embeds"))
-        memory = self.new_memory(shape[0]) if memory is None else memory
+        memory = self._blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
-        if self.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_checkpointing(self.backbone)
         device = memory.tokens_written.device
         call = MemoryCall(
@@ -306,7 +318,7 @@ class DeltaMemModel(nn.Module):
             The memory itself.
         """
         options: dict[str, Any] = {"use_cache": False, **self.last_logit_only()}
-        if attention_mask is not None and attention_mask.dim() == 2 and self._takes("position_ids"):
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and self._takes("position_ids"):
             options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             self(
@@ -362,7 +374,7 @@ class DeltaMemModel(nn.Module):
         self._check_attached()
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         shape = self._check_inputs(inputs, kwargs.get("inputs_embeds"))
-        memory = self.new_memory(shape[0]) if memory is None else memory
+        memory = self._blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
         device = memory.tokens_written.device
         output, after = generation.generate(
@@ -407,6 +419,14 @@ class DeltaMemModel(nn.Module):
     def _check_attached(self) -> None:
         if not self._attached:
             raise RuntimeError("this model was detached from its backbone; make a new DeltaMemModel.")
+        if torch.compiler.is_compiling():
+            return
+        for hooks in self._hooks:
+            if lost := hooks.replaced():
+                raise RuntimeError(
+                    f"{lost} was replaced after the memory was attached (by merging a LoRA?), so its "
+                    "correction is lost: detach(), change the backbone, and attach again."
+                )
 
     def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
         """(batch, tokens) of the input."""
@@ -416,6 +436,8 @@ class DeltaMemModel(nn.Module):
         if not isinstance(given, Tensor) or given.dim() != (3 if input_ids is None else 2):
             got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"input_ids must be an int64 tensor [batch, tokens], got {got}.")
+        if input_ids is not None and (given.is_floating_point() or given.dtype == torch.bool):
+            raise ValueError(f"input_ids must be an int64 tensor [batch, tokens], got {given.dtype}.")
         if given.numel() == 0:
             raise ValueError(f"input_ids is empty ({list(given.shape)}): there is nothing to read.")
         # Asking a GPU costs a stop, so its one-token steps are not asked; generate asks its prompt.
@@ -532,7 +554,7 @@ def _check_checkpointing(backbone: nn.Module) -> None:
     for module in backbone.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
-        if reentrant and getattr(module, "gradient_checkpointing", False):
+        if reentrant and module.training and getattr(module, "gradient_checkpointing", False):
             raise ValueError(
                 "reentrant gradient checkpointing would give wrong gradients for the memory; enable it with "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."

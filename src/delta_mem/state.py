@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -114,13 +115,16 @@ class MemoryState:
         Raises:
             IndexError: no such row.
         """
-        if isinstance(rows, int):
+        if not isinstance(rows, (slice, bool, Tensor)) and hasattr(rows, "__index__"):
+            rows = operator.index(rows)
             if not -self.batch_size <= rows < self.batch_size:
                 raise IndexError(f"memory has {self.batch_size} row(s), no row {rows}.")
             rows = rows % self.batch_size
             rows = slice(rows, rows + 1)
         elif not isinstance(rows, slice):
             raise TypeError(f"a memory is indexed by int or slice, got {type(rows).__name__}.")
+        elif not range(self.batch_size)[rows] or (rows.step or 1) < 1:
+            raise IndexError(f"memory has {self.batch_size} row(s), none of them in {rows}.")
         return self._map(lambda tensor: tensor[rows].clone())
 
     def select(self, rows: Tensor) -> MemoryState:
@@ -204,8 +208,10 @@ class MemoryState:
         Raises:
             ValueError: a state holds NaN or infinity; the layer is named.
         """
+        sums = {} if self.open_segment is None else self.open_segment.sums
         for layer, state in self.layers.items():
-            if not torch.isfinite(state).all():
+            finite = torch.isfinite(state).all() and (layer not in sums or torch.isfinite(sums[layer]).all())
+            if not finite:
                 raise ValueError(f"the memory's state in layer {layer} holds NaN or infinity; not saved.")
         # One tensor for all layers: a header entry per layer would double a 9 KB file.
         tensors = {
@@ -251,7 +257,7 @@ class MemoryState:
         if features:
             count = on_device.get("open_count", torch.zeros(batch, dtype=torch.int64, device=device))
             ids = on_device.get("open_ids", torch.zeros_like(count))
-            no_sums = torch.zeros(len(indices), batch, features, device=device)
+            no_sums = torch.zeros(len(indices), batch, features, dtype=torch.float32, device=device)
             sums = on_device.get("open_sums", no_sums)
             segment = OpenSegment(dict(zip(indices, sums.unbind(0), strict=True)), count, ids)
         return MemoryState(
@@ -339,6 +345,8 @@ def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str])
     for index, state in zip(indices, states, strict=True):
         if not torch.isfinite(state).all():
             fail("states", f"layer {index} holds NaN or infinity.")
+    if "open_sums" in tensors and not torch.isfinite(tensors["open_sums"]).all():
+        fail("open_sums", "holds NaN or infinity.")
 
 
 def _features(segment: OpenSegment) -> int:

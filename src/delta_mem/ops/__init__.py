@@ -2,7 +2,7 @@
 
 `delta_rule` is the public function. It checks its inputs, turns masks and packed sequences into plain
 dense tensors, and hands them to a backend: one file per way to compute the same function. `advance` is what
-a layer calls: the same, from the layer's projections on.
+a layer calls: the same, from the layer's projections on. `step` does one token from the layer's input on.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from . import chunked, naive
+from . import chunked, cpu, naive, triton
 from .activation import Rule, activate
 
-__all__ = ["BACKENDS", "Rule", "advance", "delta_rule"]
+__all__ = ["BACKENDS", "Rule", "advance", "delta_rule", "step"]
 
 # Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
 # six tensors [batch, tokens, states, rank], none empty, not necessarily contiguous, and the state
@@ -23,6 +24,16 @@ __all__ = ["BACKENDS", "Rule", "advance", "delta_rule"]
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "naive": naive.delta_rule,
     "chunked": chunked.delta_rule,
+    "cpu": cpu.delta_rule,
+    "triton": triton.delta_rule,
+}
+
+# Ways to compute `advance` in one go where no gradient is wanted, by the name of their backend. Called as
+# fused(z, gate_bias, state, rule, writes, mask), with whatever the caller of `advance` gave; returns None for
+# what it does not take: other devices, and all that the backend's own function would complain about.
+FUSED: dict[str, Callable[..., tuple[Tensor, Tensor] | None]] = {
+    "cpu": cpu.advance,
+    "triton": triton.advance,
 }
 
 # Up to here the loop beats the fixed cost of the chunked backend.
@@ -69,8 +80,8 @@ def delta_rule(
             empty, packed along tokens with batch = 1. Each has its own state, in and out:
             [n, states, rank, rank]. Inside they are padded to the longest, so that work and memory
             grow with n × longest.
-        backend: "auto", or a name in `BACKENDS`. "auto" loops over few tokens, as in decoding, and
-            computes longer inputs in chunks.
+        backend: "auto", or a name in `BACKENDS`. "auto" takes compiled code where there is some; else it
+            loops over few tokens, as in decoding, and computes longer inputs in chunks.
 
     Returns:
         The reads [batch, tokens, states, rank], and the state after the last token.
@@ -115,7 +126,12 @@ def delta_rule(
         reads, state = torch.zeros_like(q), state.clone()
     else:
         if backend == "auto":
-            backend = "naive" if q.shape[1] <= SHORT else "chunked"
+            if cpu.usable((*inputs, state), rank):
+                backend = "cpu"
+            elif triton.usable((*inputs, state), rank):
+                backend = "triton"
+            else:
+                backend = "naive" if q.shape[1] <= SHORT else "chunked"
         with torch.autocast(q.device.type, enabled=False):
             reads, state = BACKENDS[backend](*inputs, state)
     if bounds is not None:
@@ -146,6 +162,12 @@ def advance(
     Returns:
         The reads [batch, tokens, states, rank], and the state after the last token.
     """
+    if not (torch.is_grad_enabled() and (z.requires_grad or gate_bias.requires_grad or state.requires_grad)):
+        for name, fused in FUSED.items():
+            if backend in ("auto", name):
+                results = fused(z, gate_bias, state, rule, writes, mask)
+                if results is not None:
+                    return results
     inputs = activate(z, gate_bias, rule)
     if writes is not None:
         held = ~writes[..., None, None]
@@ -155,6 +177,35 @@ def advance(
             write=inputs.write.masked_fill(held, 0),
         )
     return delta_rule(*inputs, state, mask, backend=backend)
+
+
+def step(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    rule: Rule,
+    writes: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token from a layer's input on, as in decoding: project, activate, read, write.
+
+    Args:
+        hidden: [batch, 1, size], any floating dtype.
+        in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
+        gate_bias, state, rule, writes, mask: as in `advance`.
+
+    Returns:
+        The reads [batch, 1, states, rank] in hidden's dtype, and the state after the token.
+    """
+    learned = (hidden, in_proj, gate_bias, state)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in learned)):
+        results = triton.step(*learned, rule, writes, mask)
+        if results is not None:
+            return results
+    z = F.linear(hidden, in_proj.to(hidden.dtype)).float()
+    reads, state = advance(z, gate_bias, state, rule, writes, mask)
+    return reads.to(hidden.dtype), state
 
 
 def _check_tensors(floats: dict, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:

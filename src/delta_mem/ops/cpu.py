@@ -1,0 +1,309 @@
+"""The recurrence compiled for CPUs: the torch side of `cpu_kernels.py`, where the loops are.
+
+One token after the other, with the rows of a state as the lanes of vector instructions: at rank 8 a token
+takes 13 ns. States (of all batch rows) are independent of each other; where there are several, and enough
+to do, they are shared out to as many threads as torch may use. One state is not: its rows fill the
+vectors, and half of them take a thread as long as all.
+
+The backward pass computes the states again, from marks that the forward pass leaves every 64 tokens.
+`advance` is one compiled call from a layer's projections to its reads, for inference.
+
+The threads are Python's, in kernels that release the GIL. numba's own parallel loops would not do: the
+threads that it always has abort the process when two Python threads enter at once, and those of OpenMP
+abort a forked child.
+
+numba is an extra (`pip install "delta-mem[cpu]"`), imported when it is first needed.
+"""
+
+import contextlib
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from .activation import Rule
+
+# To compile for rank 64 takes seconds, for rank 128 a minute.
+MAX_RANK = 64
+
+# Entries of states times tokens that are worth another thread. They take 0.2 ms, to wake one 0.05 ms.
+WORTH_A_THREAD = 1 << 20
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def usable(tensors: Sequence[Tensor], rank: int) -> bool:
+    """Whether `backend="auto"` may take this backend.
+
+    The kernels read and write memory behind torch's back. So not while torch wants to see every operation
+    (`torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func`, dispatch modes, forward-mode
+    derivatives), and not for tensors that may have no memory of their own.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and tensors[0].is_cpu
+        and rank <= MAX_RANK
+        and _PLAIN.issuperset(map(type, tensors))
+        and not _watched()
+        and isinstance(_load(), ModuleType)
+    )
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `delta_mem.ops.delta_rule`; inputs as `delta_mem.ops.BACKENDS` promises them.
+
+    Gradients are of the first order only; `backend="chunked"` has them of any.
+
+    Raises:
+        ImportError: numba is missing, or does not work here.
+        ValueError: the tensors are not on the CPU, or not such that memory is all there is to them; or
+            the rank is above `MAX_RANK`.
+    """
+    _kernels()
+    inputs = (q, k, v, keep, erase, write, state)
+    if not q.is_cpu:
+        raise ValueError(f"backend 'cpu' cannot compute on {q.device}; use 'auto' or 'chunked'")
+    if q.shape[-1] > MAX_RANK:
+        raise ValueError(
+            f"backend 'cpu' goes up to rank {MAX_RANK}, not {q.shape[-1]}; use 'auto' or 'chunked'"
+        )
+    if not usable(inputs, q.shape[-1]):
+        raise ValueError("backend 'cpu' cannot be traced or transformed by torch; use 'auto' or 'chunked'")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _DeltaRule.apply(*inputs)
+    return _forward(inputs)
+
+
+def advance(
+    z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """See `delta_mem.ops.FUSED`."""
+    states, rank = rule.num_states, rule.rank
+    if not usable((z, gate_bias, state), rank) or z.ndim != 3:
+        return None
+    # The kernel believes what it is told; what is not as it should be is left to those who complain.
+    float32 = torch.float32
+    features, gates, flags, kernel = _plan(rule)
+    batch, tokens, width = z.shape
+    if (
+        width != features
+        or not batch
+        or not tokens
+        or gate_bias.shape != (gates,)
+        or state.shape != (batch, states, rank, rank)
+        or z.dtype is not float32
+        or gate_bias.dtype is not float32
+        or state.dtype is not float32
+        or not gate_bias.is_cpu
+        or not state.is_cpu
+        or not (writes is None or _are_flags(writes, batch, tokens))
+        or not (mask is None or _are_flags(mask, batch, tokens))
+    ):
+        return None
+
+    by_batch, by_token, by_feature = z.stride()
+    if by_feature != 1:
+        z = z.contiguous()
+        by_batch, by_token, _ = z.stride()
+    gate_bias = gate_bias.contiguous()
+    reads = z.new_empty(batch, tokens, states, rank)
+    final = z.new_empty(batch, states, rank, rank)
+    tensors = (
+        (z.data_ptr(), by_batch, by_token),
+        gate_bias.data_ptr(),
+        _view(state),
+        _NONE if writes is None else _view(writes),
+        _NONE if mask is None else _view(mask),
+        _view(reads),
+        _view(final),
+        flags,
+    )
+    lanes, work = batch * states, tokens * rank * rank
+    if lanes * work < 2 * WORTH_A_THREAD:  # as in decoding, where a microsecond counts
+        kernel(*tensors, (states, tokens, 0, lanes))
+    else:
+        _share_out(lambda first, last: kernel(*tensors, (states, tokens, first, last)), lanes, work)
+    return reads, final
+
+
+class _DeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        batch, tokens, states, rank = inputs[0].shape
+        blocks = -(-tokens // _kernels().BLOCK)
+        marks = inputs[0].new_empty(batch * states, blocks, rank * rank)
+        ctx.save_for_backward(*inputs, marks)
+        return _forward(inputs, marks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_reads: Tensor, d_final: Tensor) -> tuple[Tensor, ...]:
+        *inputs, state, marks = ctx.saved_tensors
+        q = inputs[0]
+        batch, tokens, states, rank = q.shape
+        kernel = _kernel("backward", q)
+        *inputs, d_reads = (_side_by_side(x) for x in (*inputs, d_reads))
+        d_inputs = tuple(q.new_empty(q.shape) for _ in range(6))
+        d_state = q.new_empty(state.shape)
+
+        def call(first: int, last: int) -> Tensor:
+            history = q.new_empty(_kernels().BLOCK * rank * rank)
+            kernel(
+                tuple(map(_view, inputs)),
+                _view(d_reads),
+                _view(d_final),
+                tuple(map(_view, d_inputs)),
+                _view(d_state),
+                marks.data_ptr(),
+                history.data_ptr(),
+                (states, tokens, first, last),
+            )
+            return history  # so that nobody (Dynamo, under compiled autograd) gives it back any earlier
+
+        _share_out(call, batch * states, tokens * rank * rank)
+        return *d_inputs, d_state
+
+
+def _forward(tensors: Sequence[Tensor], marks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The reads and the final state; and the marks for the backward pass, into `marks`."""
+    *inputs, state = tensors
+    q = inputs[0]
+    batch, tokens, states, rank = q.shape
+    kernel = _kernel("forward", q)
+    inputs = [_side_by_side(x) for x in inputs]
+    reads, final = q.new_empty(q.shape), q.new_empty(state.shape)
+
+    def call(first: int, last: int) -> None:
+        kernel(
+            tuple(map(_view, inputs)),
+            _view(state),
+            _view(reads),
+            _view(final),
+            0 if marks is None else marks.data_ptr(),
+            (states, tokens, first, last),
+        )
+
+    _share_out(call, batch * states, tokens * rank * rank)
+    return reads, final
+
+
+# ---- tensors as kernels take them ----------------------------------------------------------------
+
+_NONE = (0, 0, 0)
+
+
+def _are_flags(x: Tensor, batch: int, tokens: int) -> bool:
+    return x.dtype is torch.bool and x.shape == (batch, tokens) and x.is_cpu
+
+
+def _view(x: Tensor) -> tuple[int, ...]:
+    """(address, strides). Whoever passes it on keeps x until the kernel has returned."""
+    return x.data_ptr(), *x.stride()
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x, or a copy, such that the entries of one token lie side by side or are one number."""
+    return x if x.stride(-1) in (0, 1) else x.contiguous()
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def _share_out(call: Callable[[int, int], object], lanes: int, work: int) -> None:
+    """call(first, last) for all lanes, in several threads if that pays. `work` is that of one lane.
+
+    The calling thread takes what no other has taken yet, so it never waits for a thread that has not
+    begun. A lane is computed by one thread from end to end: results do not depend on their number.
+    """
+    threads = min(lanes, lanes * work // WORTH_A_THREAD)
+    if threads > 1:
+        threads = min(threads, torch.get_num_threads())
+    if threads <= 1:
+        call(0, lanes)
+        return
+    bounds = [lanes * i // threads for i in range(threads + 1)]
+    pieces = deque(pairwise(bounds))
+
+    def work_off() -> None:
+        while True:
+            try:
+                first, last = pieces.popleft()
+            except IndexError:
+                return
+            call(first, last)
+
+    helpers = []
+    with contextlib.suppress(RuntimeError):  # there are no new threads when the interpreter is ending
+        for _ in range(threads - 1):
+            helpers.append(_pool().submit(work_off))
+    work_off()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="delta-mem")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has the executor, and none of its threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+# ---- the kernels ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def _load() -> ModuleType | Exception:
+    """`cpu_kernels`, or why it cannot be had."""
+    try:
+        from . import cpu_kernels
+    except Exception as error:  # numba missing, too old for this numpy, without its LLVM …
+        return error
+    return cpu_kernels
+
+
+def _kernels() -> ModuleType:
+    kernels = _load()
+    if isinstance(kernels, Exception):
+        raise ImportError(
+            f"backend 'cpu' needs numba: pip install \"delta-mem[cpu]\" ({kernels})"
+        ) from kernels
+    return kernels
+
+
+def _kernel(name: str, like: Tensor) -> Callable[..., None]:
+    dtype = np.float64 if like.dtype == torch.float64 else np.float32
+    return _kernels().kernel(name, like.shape[-1], dtype)
+
+
+@functools.cache
+def _plan(rule: Rule) -> tuple[int, int, tuple[int, int, int], Callable[..., None]]:
+    """What `advance` needs to know of a rule: features in z, biases, the kernel's flags, the kernel."""
+    kernels, sections = _kernels(), rule.sections
+    gates = sections["beta"] + sections.get("lambda", 0)
+    flags = (int(rule.tied_gates), int(rule.per_row_gates), kernels.UPDATES.index(rule.update))
+    return sum(sections.values()), gates, flags, kernels.kernel("advance", rule.rank)
+
+
+def _watched() -> bool:
+    """Whether torch wants to see every operation, other than to compile."""
+    return (
+        torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )

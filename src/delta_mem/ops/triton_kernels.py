@@ -1,0 +1,610 @@
+"""The kernels of `triton.py`. Needs triton to be imported.
+
+Row i of a state has its own gates and never meets another row, so a row of one state of one batch row is a
+recurrence of its own, a *lane*. What a token does to a lane s (a row vector) is affine:
+
+    s_t = s_{t-1} A_t + write_t v_t k_t,    A_t = keep_t I − erase_t k_tᵀ k_t
+
+and so is a chunk of tokens: one rank × rank map and one offset per lane. Hence two launches:
+
+1. `compose`, for all chunks at once: each chunk's maps. A map's rows are what becomes of the unit
+   vectors, its offset what becomes of the zero vector; all go through the chunk like lanes.
+2. `replay`, for all chunks at once: each first applies the maps of the chunks before it to the state,
+   one small step per chunk, then runs through its own tokens and reads.
+
+The backward pass goes from the last token to the first by the same maps: with g_t the gradient of s_t,
+
+    g_{t-1} = g_t A_t + dm_t q_t
+
+so `compose` reversed gives the maps, and `replay_backward` applies those of the chunks behind it, computes
+the lanes of its own chunk again, from the one state that the forward pass kept of it, and leaves every
+token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where the batch fills the GPU,
+there is one chunk, no map, and the launch is a plain loop over the tokens.
+
+`step` is for one token, in one launch with the projections.
+
+In the first three a program is one warp: nobody waits for another warp. A tile is [lanes, rank]; rank is
+padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
+inputs give equal bits. Arithmetic is that of the state's dtype, float32 or float64.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import NORM_EPS
+
+_EPS = tl.constexpr(NORM_EPS)
+# Sizes of inputs differ from call to call: no kernel is compiled again because one happens to be 1
+# or a multiple of 16.
+_SIZES = ["tokens", "states", "lanes", "chunk", "chunks"]
+
+
+# ---- in all kernels: where a lane is, what a token brings, what it does -----------------------------------
+
+
+@triton.jit
+def _count(N: tl.constexpr):
+    """0 … N − 1.
+
+    The minimum changes nothing. It keeps the compiler from seeing that neighbours in memory are neighbours
+    here: it would lay tiles out along them, and shuffle between that layout and the lanes' every token.
+    """
+    return tl.minimum(tl.arange(0, N), N)
+
+
+@triton.jit
+def _place(lane, first, tokens, states, RANK: tl.constexpr, R: tl.constexpr):
+    """Of lanes [L], in a tensor [batch, tokens, states, RANK] at token `first` of their batch row:
+
+    where the number of their own row is [L], and the vector that they share with all rows [L, R].
+    """
+    group = lane // R
+    token = (group // states).to(tl.int64) * tokens + first
+    state = (token * states + group % states) * RANK
+    return state + lane % R, state[:, None] + _count(R)[None, :]
+
+
+@triton.jit
+def _tanh(x):
+    a = tl.abs(x)
+    s = x * x
+    small = -0.005905821453779936
+    small = small * s + 0.020805343985557556
+    small = small * s - 0.05378667265176773
+    small = small * s + 0.13331958651542664
+    small = small * s - 0.33333298563957214
+    small = small * s * x + x  # to 1e-7, up to 0.6
+    e = tl.exp(-2.0 * a)
+    root = tl.rsqrt(1.0 + e)  # squared, the quotient's cheapest form
+    large = (1.0 - e) * root * root
+    return tl.where(a < 0.6, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _direction(x, AXIS: tl.constexpr):
+    x = _tanh(x)
+    return x * tl.rsqrt(tl.maximum(tl.sum(x * x, axis=AXIS, keep_dims=True), _EPS * _EPS))
+
+
+@triton.jit
+def _gates(beta, decay, UPDATE: tl.constexpr, TIED: tl.constexpr):
+    """keep, erase, write of the gates' projections, biases included."""
+    write = tl.sigmoid(beta)
+    if UPDATE == "no_decay":
+        keep = tl.full(write.shape, 1.0, write.dtype)
+    elif TIED:
+        keep = 1.0 - write
+    else:
+        keep = tl.sigmoid(decay)
+    erase = write
+    if UPDATE == "decay_outside":
+        erase = keep * write
+    return keep, erase, write
+
+
+@triton.jit
+def _load(inputs, at, vectors, ahead, count, width, RANK: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """Tokens `ahead` … `ahead` + N − 1: a tuple of q, k [L, R] and v, keep, erase, write [L] for each.
+
+    All loads come before the first use, so that they wait for memory together.
+
+    Args:
+        inputs: those six, [batch, tokens, states, RANK] each.
+        at, vectors: see `_place`.
+        count: [L], how many tokens there are, none for a lane that is padding. One beyond does nothing.
+        width: numbers from one token to the next.
+    """
+    q, k, v, keep, erase, write = inputs
+    loaded = ()
+    for i in tl.static_range(N):
+        inside = count > ahead + i
+        whole = inside[:, None] & (_count(R)[None, :] < RANK)
+        on = (ahead + i) * width
+        token = (
+            tl.load(q + vectors + on, mask=whole, other=0.0),
+            tl.load(k + vectors + on, mask=whole, other=0.0),
+            tl.load(v + at + on, mask=inside, other=0.0),
+            tl.load(keep + at + on, mask=inside, other=1.0),
+            tl.load(erase + at + on, mask=inside, other=0.0),
+            tl.load(write + at + on, mask=inside, other=0.0),
+        )
+        loaded = loaded + (token,)
+    return loaded
+
+
+@triton.jit
+def _load_rows(x, at, ahead, count, width, N: tl.constexpr):
+    """As `_load`, of one tensor, a tuple of [L]."""
+    loaded = ()
+    for i in tl.static_range(N):
+        loaded = loaded + (tl.load(x + at + (ahead + i) * width, mask=count > ahead + i, other=0.0),)
+    return loaded
+
+
+@triton.jit
+def _apply(
+    maps,
+    s,
+    inside,
+    chunk,
+    step,
+    count,
+    block,
+    blocks,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """s [L, R] after `count` chunks, of which `chunk` is the first and `chunk` + `step` the next.
+
+    A sum over one of the tile's last two axes leaves s along the other one, where the next sum wants it
+    along the first again. Instead of moving it, every other map is loaded transposed.
+
+    Args:
+        maps: [chunks, blocks, RANK + 1, RANK, L]: per lane of a block, a map and an offset.
+        PAIRS: pairs of maps that are loaded together.
+    """
+    lane = _count(L)[:, None, None]
+    i = tl.arange(0, R)[None, :, None]
+    j = tl.arange(0, R)[None, None, :]
+    steps = tl.where(inside, count, 0)
+    square = (i < RANK) & (j < RANK)
+    wide = _count(R)[None, :] < RANK
+    rows = (i * RANK + j) * L + lane
+    columns = (j * RANK + i) * L + lane
+    same = (i == j).to(s.dtype)
+    offset = (RANK * RANK + _count(R)[None, :]) * L + _count(L)[:, None]
+    SIZE: tl.constexpr = (RANK + 1) * RANK * L
+    jump = step.to(tl.int64) * blocks * SIZE
+    maps += (chunk.to(tl.int64) * blocks + block) * SIZE
+    for done in range(0, count, 2 * PAIRS):
+        # Beyond the last chunk come maps that change nothing.
+        loaded = ()
+        for pair in tl.static_range(PAIRS):
+            one = steps > done + 2 * pair
+            two = steps > done + 2 * pair + 1
+            pair_of_maps = (
+                tl.load(maps + columns, mask=one[:, None, None] & square, other=same),
+                tl.load(maps + offset, mask=one[:, None] & wide, other=0.0),
+                tl.load(maps + jump + rows, mask=two[:, None, None] & square, other=same),
+                tl.load(maps + jump + offset, mask=two[:, None] & wide, other=0.0),
+            )
+            loaded = loaded + (pair_of_maps,)
+            maps += 2 * jump
+        for pair in tl.static_range(PAIRS):
+            map_, shift, next_map, next_shift = loaded[pair]
+            s = tl.sum(map_ * s[:, None, :], axis=2) + shift
+            s = tl.sum(next_map * s[:, :, None], axis=1) + next_shift
+    return s
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def activate(
+    z,
+    gate_bias,
+    writes,
+    mask,
+    outputs,
+    tokens,
+    states,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TIED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """`activation.activate`, and what `writes` and `mask` withhold. Grid: (blocks of tokens, states).
+
+    Args:
+        z, gate_bias, writes, mask: see `delta_mem.ops.advance`; the last two may be None.
+        outputs: q, k, v, keep, erase, write, [tokens, states, RANK] each.
+        tokens: of all batch rows.
+    """
+    state = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, R)[None, :]
+    width = states * RANK
+    at = state * RANK + i
+    gate = at
+    gates = width
+    if not PER_ROW:
+        gate = state + i * 0
+        gates = states
+    features = 3 * width + gates
+    if not TIED:
+        features += gates
+    known = token < tokens
+    inside = known[:, None] & (i < RANK)
+    live = known
+    if mask is not None:
+        live = live & (tl.load(mask + token, mask=known, other=0) != 0)
+    written = live
+    if writes is not None:
+        written = written & (tl.load(writes + token, mask=known, other=0) != 0)
+    written = written[:, None] & (i < RANK)
+    live = live[:, None] & (i < RANK)
+    z += token[:, None] * features
+    q = _direction(tl.load(z + at, mask=live, other=0.0), 1)
+    k = _direction(tl.load(z + width + at, mask=live, other=0.0), 1)
+    v = tl.load(z + 2 * width + at, mask=live, other=0.0)
+    bias = gate_bias + gate
+    beta = tl.load(z + 3 * width + gate, mask=written, other=0.0) + tl.load(bias, mask=i < RANK, other=0.0)
+    decay = beta
+    if not TIED:
+        decay = tl.load(z + 3 * width + gates + gate, mask=written, other=0.0)
+        decay += tl.load(bias + gates, mask=i < RANK, other=0.0)
+    keep, erase, write = _gates(beta, decay, UPDATE, TIED)
+    to_q, to_k, to_v, to_keep, to_erase, to_write = outputs
+    to = token[:, None] * width + at
+    tl.store(to_q + to, q, mask=inside)
+    tl.store(to_k + to, k, mask=inside)
+    tl.store(to_v + to, v, mask=inside)
+    tl.store(to_keep + to, tl.where(written, keep, 1.0), mask=inside)
+    tl.store(to_erase + to, tl.where(written, erase, 0.0), mask=inside)
+    tl.store(to_write + to, tl.where(written, write, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def compose(
+    inputs,
+    grad,
+    maps,
+    tokens,
+    states,
+    lanes,
+    chunk,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Every chunk's maps, for `replay`, or from the last token to the first for `replay_backward`.
+
+    Grid: (blocks of L vectors out of (RANK + 1) × lanes, chunks that need a map).
+
+    Args:
+        inputs: see `_load`.
+        grad: None, or the gradient of the reads [batch, tokens, states, RANK]: then reversed.
+        maps: [chunks, blocks of BLOCK lanes, RANK + 1, RANK, BLOCK].
+        chunk: tokens in a chunk, a multiple of UNROLL.
+    """
+    index = tl.program_id(1)
+    if grad is not None:
+        index += 1  # the first chunk has none before it to carry a gradient to
+    vector = tl.program_id(0) * L + tl.arange(0, L)
+    unit = vector // lanes  # which unit vector this is; RANK for the offset
+    lane = vector % lanes
+    begin = index.to(tl.int64) * chunk
+    length = tl.minimum(tokens - begin, chunk).to(tl.int32)
+    at, vectors = _place(lane, begin, tokens, states, RANK, R)
+    inside = (unit <= RANK) & (lane % R < RANK)
+    count = tl.where(inside, length, 0)
+    width = states * RANK
+    col = _count(R)[None, :]
+    NUMBER: tl.constexpr = maps.dtype.element_ty
+    s = ((col == unit[:, None]) & (col < RANK)).to(NUMBER)
+    own = (unit == RANK).to(NUMBER)
+    for done in range(0, chunk, UNROLL):
+        if grad is None:
+            loaded = _load(inputs, at, vectors, done, count, width, RANK, R, UNROLL)
+            for i in tl.static_range(UNROLL):
+                q, k, v, keep, erase, write = loaded[i]
+                u = own * write * v - erase * tl.sum(s * k, axis=1)
+                s = keep[:, None] * s + u[:, None] * k
+        else:
+            start = chunk - UNROLL - done
+            loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
+            grads = _load_rows(grad, at, start, count, width, UNROLL)
+            for i in tl.static_range(UNROLL):
+                q, k, v, keep, erase, write = loaded[UNROLL - 1 - i]
+                m = own * grads[UNROLL - 1 - i]
+                s = keep[:, None] * s - (erase * tl.sum(s * k, axis=1))[:, None] * k + m[:, None] * q
+    block = index.to(tl.int64) * tl.cdiv(lanes, BLOCK) + lane // BLOCK
+    to = ((block * (RANK + 1) + unit) * RANK * BLOCK + lane % BLOCK)[:, None] + col * BLOCK
+    tl.store(maps + to, s, mask=inside[:, None] & (col < RANK))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def replay(
+    inputs,
+    before,
+    maps,
+    reads,
+    after,
+    kept,
+    tokens,
+    states,
+    lanes,
+    chunk,
+    chunks,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """The reads of every chunk, and the state after the last one. Grid: (blocks of L lanes, chunks).
+
+    Args:
+        inputs: see `_load`.
+        before, after: the state [batch, states, RANK, RANK] before and after all tokens.
+        maps: from `compose`; None if there is one chunk.
+        reads: [batch, tokens, states, RANK].
+        kept: None, or [chunks, blocks, RANK, L] for the state at the start of every chunk.
+        chunk: tokens in a chunk.
+    """
+    index = tl.program_id(1)
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    lane = block * L + tl.arange(0, L)
+    begin = index.to(tl.int64) * chunk
+    length = tl.minimum(tokens - begin, chunk).to(tl.int32)
+    at, vectors = _place(lane, begin, tokens, states, RANK, R)
+    inside = (lane < lanes) & (lane % R < RANK)
+    count = tl.where(inside, length, 0)
+    width = states * RANK
+    col = _count(R)[None, :]
+    whole = inside[:, None] & (col < RANK)
+    at_state = ((lane // R) * RANK + lane % R)[:, None] * RANK + col
+    s = tl.load(before + at_state, mask=whole, other=0.0)
+    if maps is not None:
+        s = _apply(maps, s, inside, index * 0, index * 0 + 1, index, block, blocks, RANK, R, L, PAIRS)
+    if kept is not None:
+        to = (index.to(tl.int64) * blocks + block) * RANK * L + col * L + _count(L)[:, None]
+        tl.store(kept + to, s, mask=col < RANK)
+    for start in range(0, length, UNROLL):
+        loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
+        for i in tl.static_range(UNROLL):
+            q, k, v, keep, erase, write = loaded[i]
+            read = tl.sum(s * q, axis=1)
+            tl.store(reads + at + (start + i) * width, read, mask=count > start + i)
+            s = keep[:, None] * s + (write * v - erase * tl.sum(s * k, axis=1))[:, None] * k
+    if index == chunks - 1:
+        tl.store(after + at_state, s, mask=whole)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def replay_backward(
+    inputs,
+    kept,
+    maps,
+    scratch,
+    grad_reads,
+    grad_after,
+    grads,
+    grad_before,
+    tokens,
+    states,
+    lanes,
+    chunk,
+    chunks,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """The gradients of all inputs. Grid: (blocks of L lanes, chunks).
+
+    Args:
+        inputs: see `_load`.
+        kept: [chunks, blocks, RANK, L], from `replay`.
+        maps: from `compose` with `grad`; None if there is one chunk.
+        scratch: [chunks, blocks, chunk / UNROLL, RANK, L], for a state every UNROLL tokens.
+        grad_reads, grad_after: gradients of what `replay` gives.
+        grads: of q, k, v, keep, erase, write. Those of q and k, to which every row of a state adds, are
+            [R / min(R, L), batch, tokens, states, RANK]: summed over the rows of a block.
+        grad_before: of the state before all tokens.
+    """
+    index = tl.program_id(1)
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    lane = block * L + tl.arange(0, L)
+    begin = index.to(tl.int64) * chunk
+    length = tl.minimum(tokens - begin, chunk).to(tl.int32)
+    at, vectors = _place(lane, begin, tokens, states, RANK, R)
+    inside = (lane < lanes) & (lane % R < RANK)
+    count = tl.where(inside, length, 0)
+    width = states * RANK
+    col = _count(R)[None, :]
+    whole = inside[:, None] & (col < RANK)
+    in_block = col * L + _count(L)[:, None]
+    at_state = ((lane // R) * RANK + lane % R)[:, None] * RANK + col
+
+    # The groups of ROWS lanes that share a state, and where their sums go.
+    ROWS: tl.constexpr = min(R, L)
+    leader = block * L + tl.arange(0, L // ROWS) * ROWS
+    _, at_sums = _place(leader, begin, tokens, states, RANK, R)
+    at_sums += ((leader % R // ROWS).to(tl.int64) * (lanes // R) * tokens * RANK)[:, None]
+    count_sums = tl.where(leader < lanes, length, 0)
+
+    g = tl.load(grad_after + at_state, mask=whole, other=0.0)
+    if maps is not None:
+        behind = chunks - 1 - index
+        g = _apply(maps, g, inside, chunks - 1, index * 0 - 1, behind, block, blocks, RANK, R, L, PAIRS)
+
+    # The states between, one every UNROLL tokens.
+    own = index.to(tl.int64) * blocks + block
+    s = tl.load(kept + own * RANK * L + in_block, mask=col < RANK, other=0.0)
+    scratch += own * tl.cdiv(chunk, UNROLL) * RANK * L
+    for start in range(0, length, UNROLL):
+        tl.store(scratch + (start // UNROLL) * RANK * L + in_block, s, mask=col < RANK)
+        loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
+        for i in tl.static_range(UNROLL):
+            q, k, v, keep, erase, write = loaded[i]
+            s = keep[:, None] * s + (write * v - erase * tl.sum(s * k, axis=1))[:, None] * k
+    tl.debug_barrier()
+
+    grad_q, grad_k, grad_v, grad_keep, grad_erase, grad_write = grads
+    last = (length - 1) // UNROLL * UNROLL
+    for done in range(0, length, UNROLL):
+        start = last - done
+        loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
+        loaded_grads = _load_rows(grad_reads, at, start, count, width, UNROLL)
+        s = tl.load(scratch + (start // UNROLL) * RANK * L + in_block, mask=col < RANK, other=0.0)
+        seen = ()
+        for i in tl.static_range(UNROLL):
+            q, k, v, keep, erase, write = loaded[i]
+            recalled = tl.sum(s * k, axis=1)
+            seen = seen + ((s, recalled),)
+            s = keep[:, None] * s + (write * v - erase * recalled)[:, None] * k
+        for i in tl.static_range(UNROLL):
+            ahead = start + UNROLL - 1 - i
+            q, k, v, keep, erase, write = loaded[UNROLL - 1 - i]
+            grad = loaded_grads[UNROLL - 1 - i]
+            s, recalled = seen[UNROLL - 1 - i]
+            # s is s_{t-1} and g the gradient of s_t = keep s_{t-1} + u k.
+            grad_u = tl.sum(g * k, axis=1)
+            u = write * v - erase * recalled
+            to = at + ahead * width
+            known = count > ahead
+            tl.store(grad_v + to, grad_u * write, mask=known)
+            tl.store(grad_keep + to, tl.sum(g * s, axis=1), mask=known)
+            tl.store(grad_erase + to, -grad_u * recalled, mask=known)
+            tl.store(grad_write + to, grad_u * v, mask=known)
+            to_k = u[:, None] * g - (erase * grad_u)[:, None] * s
+            to = at_sums + ahead * width
+            known = (count_sums > ahead)[:, None] & (col < RANK)
+            tl.store(grad_k + to, _over_rows(to_k, ROWS), mask=known)
+            tl.store(grad_q + to, _over_rows(grad[:, None] * s, ROWS), mask=known)
+            g = keep[:, None] * g - (erase * grad_u)[:, None] * k + grad[:, None] * q
+    if index == 0:
+        tl.store(grad_before + at_state, g, mask=whole)
+
+
+@triton.jit
+def _over_rows(x, ROWS: tl.constexpr):
+    """[L / ROWS, R] of x [L, R]: summed over every ROWS lanes."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), axis=1)
+
+
+@triton.jit
+def step(
+    hidden,
+    in_proj,
+    gate_bias,
+    before,
+    writes,
+    mask,
+    reads,
+    after,
+    states,
+    size,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    SLICE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TIED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """Projection, read and write of one token. Grid: (states, batch).
+
+    Args:
+        hidden: [batch, size].
+        in_proj: [features, size], the layer's projections, laid out as `Rule.sections`.
+        gate_bias: see `activation.activate`.
+        before, after: the state [batch, states, RANK, RANK].
+        writes, mask: bool [batch], or None.
+        reads: [batch, states, RANK].
+        SLICE, UNROLL: numbers of `size` in a tile, and tiles that are loaded together.
+    """
+    state = tl.program_id(0)
+    row = tl.program_id(1)
+    width = states * RANK
+    i = tl.arange(0, R)
+    rows = (i < RANK)[:, None]
+    at = state * RANK + i
+    gate = at
+    gates = width
+    if not PER_ROW:
+        gate = state + i * 0
+        gates = states
+    x = tl.arange(0, SLICE)
+    query = tl.zeros((R, SLICE), tl.float32)
+    key = tl.zeros((R, SLICE), tl.float32)
+    value = tl.zeros((R, SLICE), tl.float32)
+    beta = tl.zeros((R, SLICE), tl.float32)
+    decay = tl.zeros((R, SLICE), tl.float32)
+    hidden += row.to(tl.int64) * size
+    at_q = in_proj + at.to(tl.int64)[:, None] * size + x[None, :]
+    at_g = in_proj + (3 * width + gate).to(tl.int64)[:, None] * size + x[None, :]
+    for start in range(0, size, SLICE * UNROLL):
+        loaded = ()
+        for j in tl.static_range(UNROLL):
+            on = start + j * SLICE
+            inside = size > on + x
+            whole = rows & inside[None, :]
+            slices = (
+                tl.load(hidden + on + x, mask=inside, other=0.0)[None, :],
+                tl.load(at_q + on, mask=whole, other=0.0),
+                tl.load(at_q + width * size + on, mask=whole, other=0.0),
+                tl.load(at_q + 2 * width * size + on, mask=whole, other=0.0),
+                tl.load(at_g + on, mask=whole, other=0.0),
+                None if TIED else tl.load(at_g + gates * size + on, mask=whole, other=0.0),
+            )
+            loaded = loaded + (slices,)
+        for j in tl.static_range(UNROLL):
+            h, for_q, for_k, for_v, for_beta, for_decay = loaded[j]
+            query += _product(for_q, h)
+            key += _product(for_k, h)
+            value += _product(for_v, h)
+            beta += _product(for_beta, h)
+            if not TIED:
+                decay += _product(for_decay, h)
+
+    q = _direction(tl.sum(query, axis=1), 0)
+    k = _direction(tl.sum(key, axis=1), 0)
+    v = tl.sum(value, axis=1)
+    beta_i = tl.sum(beta, axis=1) + tl.load(gate_bias + gate, mask=i < RANK, other=0.0)
+    decay_i = beta_i
+    if not TIED:
+        decay_i = tl.sum(decay, axis=1) + tl.load(gate_bias + gates + gate, mask=i < RANK, other=0.0)
+    keep, erase, write = _gates(beta_i, decay_i, UPDATE, TIED)
+    seen = i < RANK
+    if mask is not None:
+        seen = seen & (tl.load(mask + row + i * 0) != 0)
+    written = seen
+    if writes is not None:
+        written = written & (tl.load(writes + row + i * 0) != 0)
+
+    at_state = (row.to(tl.int64) * states + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
+    whole = rows & (i < RANK)[None, :]
+    s = tl.load(before + at_state, mask=whole, other=0.0)
+    read = tl.where(seen, tl.sum(s * q[None, :], axis=1), 0.0)
+    u = write * v - erase * tl.sum(s * k[None, :], axis=1)
+    s = tl.where(written[:, None], keep[:, None] * s + u[:, None] * k[None, :], s)
+    tl.store(after + at_state, s, mask=whole)
+    tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=i < RANK)
+
+
+@triton.jit
+def _product(weights, h):
+    """Products, float32, of weights in h's dtype, as a matrix product of that dtype has them."""
+    return weights.to(h.dtype).to(tl.float32) * h.to(tl.float32)
