@@ -116,7 +116,7 @@ def test_reduce_overhead_decode(config):
         torch.testing.assert_close(memory.layers[index], state, atol=2e-3, rtol=2e-3)
 
 
-def test_layers_spread_over_two_devices():
+def test_layers_that_accelerate_offloads():
     from accelerate import dispatch_model
 
     config = CONFIGS["message"]

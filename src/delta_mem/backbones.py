@@ -168,9 +168,18 @@ def first_columns(layer: AttentionLayer, head: str, count: int, input_size: int)
     module = layer.module.get_submodule(slot.path)
     weight = next(module.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-    probe = torch.eye(count, input_size, dtype=dtype, device=weight.device)
+    probe = torch.eye(count, input_size, dtype=dtype, device=device_of(module))
     answers = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
     return slot.view(answers[:-1] - answers[-1], -1).flatten(1).t()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its weights, or where accelerate brings offloaded ones."""
+    device = next(module.parameters()).device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.empty(0, device=hook.execution_device).device
+    return device
 
 
 def head_sizes(layer: AttentionLayer) -> dict[str, tuple[int, int]]:

@@ -27,6 +27,7 @@ from .backbones import (
     LayerHooks,
     MemoryCall,
     causal_lm,
+    device_of,
     find_attention_layers,
     first_columns,
     head_sizes,
@@ -485,7 +486,11 @@ class DeltaMemModel(nn.Module):
                 )
         if (memory.open_segment is None) != (config.write == "token"):
             raise IncompatibleMemoryError(f"the memory is not one of write={config.write!r}.")
-        if memory.adapter is not None and not self.training and memory.adapter != self.fingerprint():
+        # The very string that this model stamped needs no second look at all the weights.
+        stamped = self._fingerprint is not None and memory.adapter is self._fingerprint[1]
+        if stamped or memory.adapter is None or self.training:
+            return
+        if memory.adapter != self.fingerprint():
             raise IncompatibleMemoryError(
                 f"the memory was written by another adapter (fingerprint {memory.adapter[:12]}, this one "
                 f"is {self.fingerprint()[:12]}); a memory means nothing to any but its own."
@@ -502,7 +507,7 @@ def _new_adapter(layer: Any, config: DeltaMemConfig) -> DeltaMemory:
         )
     sizes = head_sizes(layer)
     outputs = {head: size for head, (_, size) in sizes.items()}
-    device = next(layer.module.get_submodule(layer.slots["q"].path).parameters()).device
+    device = device_of(layer.module.get_submodule(layer.slots["q"].path))
     with torch.device(device):
         adapter = DeltaMemory(config, sizes["q"][0], outputs)
     columns = {}
