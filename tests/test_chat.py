@@ -61,11 +61,10 @@ class Recorder:
 
         def plan_writes(memory, shape, mask, write, *rest):
             plan = make_plan(memory, shape, mask, write, *rest)
-            if plan.writes is not None:
-                member = plan.writes if plan.segments is None else plan.segments.member
-                self.pending = member
-            else:
-                self.pending = torch.zeros(shape, dtype=torch.bool)
+            self.pending = torch.ones(shape, dtype=torch.bool) & (not plan.read_only)
+            for flags in (plan.mask, plan.writes, plan.segments and plan.segments.member):
+                if flags is not None:
+                    self.pending &= flags
             return plan
 
         monkeypatch.setattr(backbones, "plan_writes", plan_writes)

@@ -226,7 +226,7 @@ class MemoryCall:
     def take(self, index: int, adapter: DeltaMemory, hidden: Tensor) -> Tensor:
         """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
         plan = self._plan_on(hidden.device)
-        if self.inputs is None and hidden.shape[1] == 1 and plan.writes is not None and plan.segments is None:
+        if hidden.shape[1] == 1 and not plan.read_only and plan.segments is None and self.inputs is None:
             reads, state = adapter.step(hidden, self.states[index], plan)
             self.left[index] = (state, None)
             return reads
@@ -260,7 +260,7 @@ class MemoryCall:
             raise UnsupportedBackboneError(
                 f"the backbone did not hand the memory on to the attention of layer(s) {missed}."
             )
-        if self.plan.writes is None:
+        if self.plan.read_only:
             return
         memory, segments = self.memory, self.plan.segments
         memory.layers = {i: _renew(memory.layers[i], self.left[i][0]) for i in memory.layers}
@@ -285,7 +285,7 @@ class LayerHooks:
 
     def __init__(self, layer: AttentionLayer, adapter: DeltaMemory | None):
         self.layer, self.adapter = layer, adapter
-        self.hooked: dict[str, nn.Module] = {}
+        self.hooked: list[tuple[nn.Module, str, nn.Module]] = []  # (parent, name, projection)
 
     def attach(self) -> list[Any]:
         """Puts the hooks on; returns their handles."""
@@ -296,16 +296,21 @@ class LayerHooks:
             for head in self.adapter.config.heads:
                 by_path.setdefault(self.layer.slots[head].path, []).append(head)
             for path, heads in by_path.items():
-                module = self.hooked[path] = self.layer.module.get_submodule(path)
+                parent, _, name = path.rpartition(".")
+                parent, module = (
+                    self.layer.module.get_submodule(parent),
+                    self.layer.module.get_submodule(path),
+                )
+                self.hooked.append((parent, name, module))
                 handles.append(module.register_forward_hook(partial(self.after_projection, heads)))
         return handles
 
     def replaced(self) -> str | None:
         """The name of a projection that was replaced since, and with it our hook; None if all are there."""
-        for path, module in self.hooked.items():
-            now = self.layer.module.get_submodule(path)
+        for parent, name, module in self.hooked:
+            now = parent._modules[name]
             if now is not module and all(inner is not module for inner in now.modules()):
-                return f"layer {self.layer.index}: {path}"
+                return f"layer {self.layer.index}: {name}"
         return None
 
     def before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -329,9 +334,8 @@ class LayerHooks:
             output = output.clone()
         for head in heads:
             part = self.layer.slots[head].view(output, -1)
-            corrected = self.adapter.correct(head, reads, part.flatten(reads.dim() - 1), in_place)
             if part is output:
-                output = corrected
+                output = self.adapter.correct(head, reads, output, in_place)
             else:
-                part.copy_(corrected.view(part.shape))
+                part.copy_(self.adapter.correct(head, reads, part.flatten(2)).view(part.shape))
         return output

@@ -94,14 +94,13 @@ class MemoryLayer(CacheLayerMixin):
         if self.history is not None and self.fed == self.mask.shape[1]:
             self.history.append(copy.copy(self.memory))
 
-    def _next(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _next(self, tokens: int) -> tuple[Tensor, Tensor | bool, Tensor]:
         """mask, write and segment ids [batch, tokens] of the next tokens: prompt first, then generated."""
         start = self.fed
         prompt = min(tokens, self.mask.shape[1] - start)
         alive = self.alive.unsqueeze(1)
         if prompt == 0:
-            alive = alive.expand(-1, tokens)
-            return alive, alive, self.generated_id.expand(-1, tokens)
+            return alive.expand(-1, tokens), True, self.generated_id.expand(-1, tokens)
         self.fed = start + prompt
         parts = [part[:, start : start + prompt] for part in (self.mask, self.write, self.segment_ids)]
         generated = tokens - prompt  # drafts that assisted decoding feeds together with the prompt
@@ -110,7 +109,7 @@ class MemoryLayer(CacheLayerMixin):
             parts = [torch.cat([p, t.expand(-1, generated)], 1) for p, t in zip(parts, tail, strict=True)]
         return tuple(parts)
 
-    def _call(self, memory: MemoryState, mask: Tensor, write: Tensor, ids: Tensor) -> MemoryCall:
+    def _call(self, memory: MemoryState, mask: Tensor, write: Tensor | bool, ids: Tensor) -> MemoryCall:
         # The last segment stays open: whether the next token belongs to it, its id will tell.
         return MemoryCall(
             memory,
@@ -134,7 +133,8 @@ class MemoryLayer(CacheLayerMixin):
         self.memory = found.fork()
         if kept == 0:
             return
-        again = self._call(self.memory, *(part[:, :kept] for part in inputs))
+        inputs = (part if part is True else part[:, :kept] for part in inputs)
+        again = self._call(self.memory, *inputs)
         for index, z in call.inputs.items():
             again.advance(index, self.adapters[index], z[:, :kept])
         again.commit()

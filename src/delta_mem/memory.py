@@ -38,15 +38,17 @@ class WritePlan:
 
     Attributes:
         mask: bool [batch, tokens]: False for padding, which neither reads nor writes; None: no padding.
-        writes: bool [batch, tokens]: tokens that write; None: nobody does.
+        read_only: nobody writes.
+        writes: bool [batch, tokens]: tokens that write, unless they are padding; None: all.
         segments: where segments begin and end, under segment writes.
-        tokens: int64 [batch]: tokens that this call writes.
+        tokens: tokens that this call writes, int64 [batch] or the same number for every row.
     """
 
     mask: Tensor | None
-    writes: Tensor | None
-    segments: SegmentPlan | None
-    tokens: Tensor | None
+    read_only: bool = False
+    writes: Tensor | None = None
+    segments: SegmentPlan | None = None
+    tokens: Tensor | int = 0
 
     def to(self, device: torch.device) -> WritePlan:
         """The plan on another device: a backbone's layers may be spread over several."""
@@ -101,17 +103,17 @@ def plan_writes(
         keep_segment_open: the last segment goes on in the next call.
     """
     if write is False:
-        return WritePlan(mask, None, None, None)
-    device = memory.tokens_written.device
-    writes = torch.ones(shape, dtype=torch.bool, device=device)
-    if mask is not None:
-        writes = writes & mask
-    if write is not True:
-        writes = writes & write
+        return WritePlan(mask, read_only=True)
+    writes = None if write is True else write
+    present = [flags for flags in (mask, writes) if flags is not None]
     if memory.open_segment is None:
-        return WritePlan(mask, writes, None, writes.sum(1))
+        tokens = torch.stack(present).all(0).sum(1) if present else shape[1]
+        return WritePlan(mask, writes=writes, tokens=tokens)
 
-    before = memory.open_segment
+    device, before = memory.tokens_written.device, memory.open_segment
+    writes = torch.ones(shape, dtype=torch.bool, device=device)
+    for flags in present:
+        writes = writes & flags
     ids = torch.zeros(shape, dtype=torch.int64, device=device) if segment_ids is None else segment_ids
     position = torch.arange(shape[1], device=device).expand(shape)
     # The id of the writing token before each token, over gaps of padding and of read-only tokens.
@@ -145,7 +147,7 @@ def plan_writes(
     segments = SegmentPlan(
         closes, index, member, ends, open_before, counts, last, stays_open, open_count, last_id
     )
-    return WritePlan(mask, writes, segments, member.sum(1))
+    return WritePlan(mask, writes=writes, segments=segments, tokens=member.sum(1))
 
 
 class DeltaMemory(nn.Module):
@@ -254,7 +256,7 @@ class DeltaMemory(nn.Module):
         Returns:
             reads float32 [batch, tokens, D]; the new state; the new open sum. None of the inputs changes.
         """
-        if plan.writes is None:
+        if plan.read_only:
             with torch.autocast(z.device.type, enabled=False):
                 query = direction(z[..., : self.config.width], self.rule)
                 reads = torch.einsum("bhij,bthj->bthi", state, query)
@@ -292,7 +294,7 @@ class DeltaMemory(nn.Module):
 
         Args:
             head: one of the configured heads.
-            reads: float32 [batch, tokens, D].
+            reads: [batch, tokens, D].
             output: [batch, tokens, size], what the projection gave.
             in_place: may write to `output`: a second tensor of its size would double what it takes.
         """
@@ -301,19 +303,24 @@ class DeltaMemory(nn.Module):
         if self.config.trainable_scale:
             index = HEADS.index(head) if self.config.trainable_scale == "head" else 0
             reads = reads * (torch.sigmoid(self.scale_raw[index]) * self.config.scale_max)
-        reads = reads.to(output.dtype)
+        if reads.dtype != output.dtype:
+            reads = reads.to(output.dtype)
         if head == "o" and self.config.o_norm:
             delta = F.linear(reads, weight) * scale
             norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=self.config.o_norm_eps)
             return output + (norm * self.o_norm_weight).to(output.dtype)
-        flat, reads = output.flatten(0, -2), reads.flatten(0, -2)
-        add = flat.addmm_ if in_place else flat.addmm
-        return add(reads, weight.t(), alpha=scale).view(output.shape)
+        reads = reads.view(-1, reads.shape[-1])
+        if in_place:
+            output.view(-1, output.shape[-1]).addmm_(reads, weight.t(), alpha=scale)
+            return output
+        return output.flatten(0, -2).addmm(reads, weight.t(), alpha=scale).view(output.shape)
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight in the backbone's dtype. For inference the cast is made once and kept."""
-        weight = getattr(self, name)
-        if weight.dtype == dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        weight = self._parameters[name]
+        if weight.dtype == dtype:
+            return weight
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return weight.to(dtype)
         source = (dtype, *version(weight))
         kept = self._casts.get(name)
@@ -332,8 +339,8 @@ def _to(value, device: torch.device):
     """A plan with all its tensors on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if value is None:
-        return None
+    if value is None or isinstance(value, (bool, int)):
+        return value
     return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
 
 

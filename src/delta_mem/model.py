@@ -297,7 +297,12 @@ class DeltaMemModel(nn.Module):
             _read_segments(segment_ids, shape, device),
             keep_segment_open,
         )
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call})
+        try:
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call})
+        except IndexError:
+            if input_ids is not None:
+                self._check_ids(input_ids)
+            raise
 
     def write(
         self,
@@ -375,6 +380,8 @@ class DeltaMemModel(nn.Module):
         self._check_attached()
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         shape = self._check_inputs(inputs, kwargs.get("inputs_embeds"))
+        if inputs is not None:
+            self._check_ids(inputs)
         memory = self._blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
         device = memory.tokens_written.device
@@ -441,16 +448,21 @@ class DeltaMemModel(nn.Module):
             raise ValueError(f"input_ids must be an int64 tensor [batch, tokens], got {given.dtype}.")
         if given.numel() == 0:
             raise ValueError(f"input_ids is empty ({list(given.shape)}): there is nothing to read.")
-        # Asking a GPU costs a stop, so its one-token steps are not asked; generate asks its prompt.
-        asks = input_ids is not None and not torch.compiler.is_compiling()
-        if asks and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
-            vocabulary = self.backbone.get_input_embeddings().weight.shape[0]
-            low, high = (int(x) for x in torch.aminmax(input_ids))
-            if low < 0 or high >= vocabulary:
-                raise ValueError(
-                    f"input_ids hold {low if low < 0 else high}, but the vocabulary has {vocabulary} ids."
-                )
+        # On the CPU the embedding itself notices a wrong id. A GPU would not survive it, but asking costs a
+        # stop, so its one-token steps are not asked; generate asks its prompt.
+        if input_ids is not None and input_ids.device.type != "cpu" and input_ids.shape[1] > 1:
+            self._check_ids(input_ids)
         return given.shape[0], given.shape[1]
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        vocabulary = self.backbone.get_input_embeddings().weight.shape[0]
+        low, high = (int(x) for x in torch.aminmax(input_ids))
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"input_ids hold {low if low < 0 else high}, but the vocabulary has {vocabulary} ids."
+            )
 
     def check_memory(self, memory: MemoryState, batch_size: int) -> None:
         """Sees that this adapter can go on with `memory`, at this batch size.
