@@ -4,6 +4,7 @@
     python benchmarks/ops.py --tokens 2048 --rank 64 --states 4 --backward
     python benchmarks/ops.py --advance --tokens 1            # what decoding pays per layer
     python benchmarks/ops.py --device cuda --backends chunked,triton
+    python benchmarks/ops.py --device cuda --backends triton --graph    # the GPU's share alone
 
 The backends take turns in every round, so that whatever else the machine does meets all of them.
 Printed per backend: the median over the rounds, the fastest and the slowest round, and how many
@@ -51,16 +52,36 @@ def call(args: argparse.Namespace) -> Callable[[str], None]:
     return run
 
 
-def milliseconds(run: Callable[[str], None], backend: str, args: argparse.Namespace) -> float:
-    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    times = max(1, 1000 // args.tokens)  # a single short call is lost in the clock
-    wait()
-    start = time.perf_counter()
+def captured(
+    run: Callable[[str], None], backends: list[str], args: argparse.Namespace
+) -> Callable[[str], None]:
+    """The same, replayed from CUDA graphs: without what Python takes to launch it."""
+    graphs = {backend: torch.cuda.CUDAGraph() for backend in backends}
     with torch.set_grad_enabled(args.backward):
+        for backend, graph in graphs.items():
+            run(backend)
+            with torch.cuda.graph(graph):
+                run(backend)
+    return lambda backend: graphs[backend].replay()
+
+
+def milliseconds(run: Callable[[str], None], backend: str, args: argparse.Namespace) -> float:
+    # A single short call is lost in the clock, or in what it takes to start the GPU.
+    times = 20 if args.graph else max(1, 1000 // args.tokens)
+    with torch.set_grad_enabled(args.backward):
+        if args.device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(times):
+                run(backend)
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / times
+        start = time.perf_counter()
         for _ in range(times):
             run(backend)
-    wait()
-    return 1e3 * (time.perf_counter() - start) / times
+        return 1e3 * (time.perf_counter() - start) / times
 
 
 def main() -> None:
@@ -76,12 +97,15 @@ def main() -> None:
     parser.add_argument("--backends", help="names, with commas between; default: all that run here")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--graph", action="store_true", help="on CUDA, replay the calls from CUDA graphs")
     args = parser.parse_args()
 
     backends = args.backends.split(",") if args.backends else available_backends(args.device)
 
     torch.manual_seed(0)
     run = call(args)
+    if args.graph:
+        run = captured(run, backends, args)
     times = {backend: [] for backend in backends}
     for round in range(-1, args.rounds):  # round −1 warms up
         for backend in backends:

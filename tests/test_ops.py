@@ -274,7 +274,7 @@ def gradients(inputs, backend, double=False, **options):
     inputs = {name: x.double() if double else x for name, x in inputs.items()}
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     reads, state = delta_rule(**inputs, **options, backend=backend)
-    weights = torch.linspace(-1, 2, reads.numel(), dtype=reads.dtype).view_as(reads)
+    weights = torch.linspace(-1, 2, reads.numel(), dtype=reads.dtype, device=reads.device).view_as(reads)
     loss = (weights * reads).sum() + state.square().sum()
     return torch.autograd.grad(loss, list(inputs.values()))
 

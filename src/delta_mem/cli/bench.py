@@ -61,10 +61,9 @@ def bench(
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), title_style="bold")
-    for column in ("", "variant"):
-        table.add_column(column, no_wrap=True)
-    for column in ("ms", "spread", "ratio", "memory"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for column in ("variant", "ms", "spread", "ratio", "memory"):
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     before = None
     for row in rows:
         spread = f"{_milliseconds(row['low'])}-{_milliseconds(row['high'])}"

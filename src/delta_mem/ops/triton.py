@@ -97,17 +97,35 @@ def step(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """See `delta_mem.ops.step`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
+    if not _runs_on(hidden):
+        return None
     tensors = hidden, in_proj, gate_bias, state, writes, mask
     if torch.compiler.is_compiling() or _watched():
-        if _Step.fits(tensors, rule):
+        if _step_fits(tensors, rule):
             return torch.ops.delta_mem.step(*tensors[:4], *rule, writes, mask)
         return None
     # Decoding calls this once per layer and token: all that only depends on shapes is looked up.
     key = rule, hidden.device, *[x if x is None else (type(x), x.dtype, x.shape) for x in tensors]
-    launch = _steps.get(key)
-    if launch is None:
-        launch = _steps[key] = _Step(tensors, rule) if _Step.fits(tensors, rule) else _nothing
-    return None if _transformed() else launch(*tensors)
+    fits = _known_steps.get(key)
+    if fits is None:
+        fits = _known_steps[key] = _step_fits(tensors, rule)
+    return _launch_step(*tensors, rule) if fits and not _transformed() else None
+
+
+_known_steps: dict[tuple, bool] = {}
+
+
+def _step_fits(tensors: tuple[Tensor | None, ...], rule: Rule) -> bool:
+    hidden, in_proj, gate_bias, state, *flags = tensors
+    return (
+        usable(tensors[:4], rule.rank)
+        and hidden.ndim == 3
+        and hidden.shape[1] == 1
+        and hidden.numel() > 0
+        and in_proj.device == hidden.device
+        and in_proj.shape == (sum(rule.sections.values()), hidden.shape[2])
+        and _fit(hidden, gate_bias, state, rule, *flags)
+    )
 
 
 def _fit(x: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, *flags: Tensor | None) -> bool:
@@ -154,43 +172,41 @@ class Cut:
     Attributes:
         padded: the rank, padded to a power of two.
         lanes: rows of all states, those of padding included.
-        width: lanes per program.
+        width: lanes per program. Where there are many, each is one thread's; else several threads share one.
         blocks: programs per chunk.
         unroll: tokens that are loaded together.
         pairs: pairs of maps that are loaded together.
     """
 
     def __init__(self, batch: int, states: int, rank: int):
-        self.rank = rank
         self.padded = max(4, 1 << (rank - 1).bit_length())
         self.lanes = batch * states * self.padded
-        # Where there are many lanes, each is one thread's; where there are few, several share one.
-        self.width = 32 if self.padded <= 8 and self.lanes >= MANY else 8
+        if self.padded <= 8:
+            self.width = 32 if self.lanes >= 512 else 8
+        else:
+            self.width = 4 if self.padded == 16 else 8
         self.blocks = _ceil(self.lanes, self.width)
         self.unroll = 8 if self.padded <= 16 else 4
-        self.pairs = max(1, 2048 // (self.width * self.padded**2))
+        self.pairs = min(4, max(1, 2048 // (self.width * self.padded**2)))
 
     def chunk(self, tokens: int) -> int:
         """Tokens in a chunk: the least estimate of the time that the launches take; `tokens` or more for one.
 
-        The estimate is in cycles, for a GPU that runs 528 warps at once, as an H100 does.
+        In nanoseconds, from measurements on an H200. Up to about 1,000 warps it takes no longer than for one.
         """
         if self.padded > 16:
             return tokens
-        token, apply, launch = 50, 110 if self.padded == 8 else 300, 4000
+        token, step = (95, 430 if self.width == 32 else 125) if self.padded <= 8 else (97, 410)
 
-        def cycles(chunk: int) -> float:
+        def time(chunk: int) -> float:
             chunks = _ceil(tokens, chunk)
-            replay = token * chunk * max(1, chunks * self.blocks / 528)
+            replay = token * chunk * max(1, chunks * self.blocks / 1000)
             if chunks == 1:
                 return replay
-            compose = token * chunk * max(1, chunks * (self.padded + 1) * self.lanes / 32 / 528)
-            return launch + compose + apply * chunks * max(1, chunks * self.blocks / 2 / 528) + replay
+            compose = token * chunk * max(1, chunks * (self.padded + 1) * self.lanes / 32 / 1000)
+            return 3000 + compose + step * chunks * max(1, chunks * self.blocks / 2 / 1000) + replay
 
-        return min((1 << i for i in range(5, max(6, (tokens - 1).bit_length() + 1))), key=cycles)
-
-
-MANY = 256
+        return min((1 << i for i in range(5, max(6, (tokens - 1).bit_length() + 1))), key=time)
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,16 +244,24 @@ def _launch(inputs: tuple, state: Tensor, keep: bool = False):
     after = torch.empty_like(state)
     kept = state.new_empty(chunks, cut.blocks, rank, L) if keep else None
     maps = None
-    with _on(state.device):
-        if chunks > 1:
-            maps = state.new_empty(chunks - 1, cut.blocks, rank + 1, rank, L)
-            kernels.compose[_ceil((rank + 1) * cut.lanes, 32), chunks - 1](
-                inputs, None, maps, tokens, states, cut.lanes, chunk, rank, R, 32, L, unroll, **_WARP
-            )
-        kernels.replay[cut.blocks, chunks](
-            inputs, state, maps, reads, after, kept, tokens, states, cut.lanes, chunk, chunks,
-            rank, R, L, unroll, cut.pairs, **_WARP,
-        )  # fmt: skip
+    if chunks > 1:
+        maps = state.new_empty(chunks - 1, cut.blocks, rank + 1, rank, L)
+        _run(
+            kernels.compose,
+            (_ceil((rank + 1) * cut.lanes, 32), chunks - 1, 1),
+            (inputs, None, maps),
+            (tokens, states, cut.lanes, chunk),
+            (rank, R, 32, L, unroll),
+            _WARP,
+        )
+    _run(
+        kernels.replay,
+        (cut.blocks, chunks, 1),
+        (inputs, state, maps, reads, kept, after),
+        (tokens, states, cut.lanes, chunk, chunks),
+        (rank, R, L, unroll, cut.pairs),
+        _WARP,
+    )
     return reads, after, kept
 
 
@@ -252,16 +276,24 @@ def _launch_backward(inputs: tuple, kept: Tensor, d_reads: Tensor, d_after: Tens
     d_inputs = [torch.empty_like(x) for x in inputs[2:]]
     d_state = torch.empty_like(d_after)
     maps = None
-    with _on(kept.device):
-        if chunks > 1:
-            maps = kept.new_empty(chunks, cut.blocks, rank + 1, rank, L)
-            kernels.compose[_ceil((rank + 1) * cut.lanes, 32), chunks - 1](
-                inputs, d_reads, maps, tokens, states, cut.lanes, chunk, rank, R, 32, L, unroll, **_WARP
-            )
-        kernels.replay_backward[cut.blocks, chunks](
-            inputs, kept, maps, scratch, d_reads, d_after, (*sums, *d_inputs), d_state,
-            tokens, states, cut.lanes, chunk, chunks, rank, R, L, unroll, cut.pairs, **_WARP,
-        )  # fmt: skip
+    if chunks > 1:
+        maps = kept.new_empty(chunks, cut.blocks, rank + 1, rank, L)
+        _run(
+            kernels.compose,
+            (_ceil((rank + 1) * cut.lanes, 32), chunks - 1, 1),
+            (inputs, d_reads, maps),
+            (tokens, states, cut.lanes, chunk),
+            (rank, R, 32, L, unroll),
+            _WARP,
+        )
+    _run(
+        kernels.replay_backward,
+        (cut.blocks, chunks, 1),
+        (inputs, kept, maps, scratch, d_reads, d_after, (*sums, *d_inputs), d_state),
+        (tokens, states, cut.lanes, chunk, chunks),
+        (rank, R, L, unroll, cut.pairs),
+        _WARP,
+    )
     return [x[0] if len(x) == 1 else x.sum(0) for x in sums] + [*d_inputs, d_state]
 
 
@@ -272,74 +304,75 @@ def _activated(z: Tensor, gate_bias: Tensor, rule: Rule, writes: Tensor | None, 
     outputs = z.new_empty(6, batch, tokens, states, rank).unbind()
     R = _cut(batch, states, rank).padded
     block = 1024 // R
-    with _on(z.device):
-        kernels.activate[_ceil(batch * tokens, block), states](
-            z,
-            gate_bias,
-            writes,
-            mask,
-            outputs,
-            batch * tokens,
-            states,
-            rank,
-            R,
-            block,
-            *rule[2:],
-            num_warps=4,
-        )
+    _run(
+        kernels.activate,
+        (_ceil(batch * tokens, block), states, 1),
+        (z, gate_bias, writes, mask, outputs),
+        (batch * tokens, states),
+        (rank, R, block, *rule[2:]),
+        {"num_warps": 4},
+    )
     return outputs
 
 
-class _Step:
-    """Launches for steps of one rule, on one device, of tensors of the same shapes and dtypes."""
-
-    @staticmethod
-    def fits(tensors: tuple, rule: Rule) -> bool:
-        hidden, in_proj, gate_bias, state, *flags = tensors
-        return (
-            usable(tensors[:4], rule.rank)
-            and hidden.ndim == 3
-            and hidden.shape[1] == 1
-            and hidden.numel() > 0
-            and in_proj.device == hidden.device
-            and in_proj.shape == (sum(rule.sections.values()), hidden.shape[2])
-            and _fit(hidden, gate_bias, state, rule, *flags)
-        )
-
-    def __init__(self, tensors: tuple, rule: Rule):
-        hidden, states, rank = tensors[0], rule.num_states, rule.rank
-        R = _cut(hidden.shape[0], states, rank).padded
-        self.device = hidden.device
-        self.shape = hidden.shape[0], 1, states, rank
-        self.grid = states, hidden.shape[0], 1
-        self.numbers = states, hidden.shape[2], rank, R, max(16, 2048 // R), 2, *rule[2:]
-        self.compiled = None
-
-    def __call__(self, hidden, in_proj, gate_bias, state, writes, mask) -> tuple[Tensor, Tensor]:
-        tensors = [
-            x if x is None else x.contiguous() for x in (hidden, in_proj, gate_bias, state, writes, mask)
-        ]
-        tensors += [hidden.new_empty(self.shape), torch.empty_like(tensors[3])]
-        with _on(self.device):
-            self.launch(tensors)
-        return tensors[-2], tensors[-1]
-
-    def launch(self, tensors: list) -> None:
-        addresses = [x if x is None else x.data_ptr() for x in tensors]
-        if INTERPRETED or any(address is not None and address % 16 for address in addresses):
-            kernels.step[self.grid](*tensors, *self.numbers, num_warps=16)
-            return
-        # What Triton finds out about its arguments at every launch takes longer than to launch.
-        if self.compiled is None:
-            self.compiled = kernels.step.warmup(*tensors, *self.numbers, grid=self.grid, num_warps=16)
-        self.compiled[self.grid](*addresses, *self.numbers)
+def _launch_step(hidden, in_proj, gate_bias, state, writes, mask, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The read of one token, and the state after it."""
+    batch, _, size = hidden.shape
+    states, rank = rule.num_states, rule.rank
+    R = _cut(batch, states, rank).padded
+    reads = hidden.new_empty(batch, 1, states, rank)
+    state = state.contiguous()
+    after = torch.empty_like(state)
+    flags = [x if x is None else x.contiguous() for x in (writes, mask)]
+    _run(
+        kernels.step,
+        (states, batch, 1),
+        (hidden.contiguous(), in_proj.contiguous(), gate_bias.contiguous(), state, *flags, reads, after),
+        (),
+        (states, size, rank, R, max(16, 2048 // R), 1, *rule[2:]),
+        {"num_warps": 16},
+    )
+    return reads, after
 
 
-_steps: dict[tuple, Callable] = {}
+def _run(kernel, grid: tuple, tensors: tuple, sizes: tuple, constants: tuple, options: dict) -> None:
+    """kernel[grid](*tensors, *sizes, *constants, **options), in about half the time.
+
+    What Triton finds out about its arguments at every launch takes longer than the launch. Here it is
+    looked up by the tensors' dtypes; the kernels are not specialised on `sizes`.
+
+    Args:
+        tensors: each a tensor, a tuple of tensors, or None.
+    """
+    if INTERPRETED:
+        kernel[grid](*tensors, *sizes, *constants, **options)
+        return
+    addresses, dtypes, bits = [], [], 0
+    for x in tensors:
+        if x is None:
+            address = dtype = None
+        elif type(x) is tuple:
+            dtype, device = x[0].dtype, x[0].device
+            address = tuple([y.data_ptr() for y in x])
+            for each in address:
+                bits |= each
+        else:
+            dtype, device = x.dtype, x.device
+            address = x.data_ptr()
+            bits |= address
+        addresses.append(address)
+        dtypes.append(dtype)
+    key = kernel.__name__, device, bits % 16 == 0, constants, *dtypes
+    with _on(device):
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = kernel.warmup(*tensors, *sizes, *constants, grid=grid, **options)
+            if bits % 16 == 0:  # else the next tensors may be as odd in another place
+                _compiled[key] = compiled
+        compiled[grid](*addresses, *sizes, *constants)
 
 
-def _nothing(*_) -> None:
-    """The launch of tensors that do not fit."""
+_compiled: dict[tuple, Callable] = {}
 
 
 def _on(device: torch.device):
@@ -435,7 +468,7 @@ def _step(
     hidden, in_proj, gate_bias, state, num_states, rank, update, tied_gates, per_row_gates, writes, mask
 ):
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return step(hidden, in_proj, gate_bias, state, rule, writes, mask)
+    return _launch_step(hidden, in_proj, gate_bias, state, writes, mask, rule)
 
 
 def _transformed() -> bool:

@@ -23,7 +23,7 @@ there is one chunk, no map, and the launch is a plain loop over the tokens.
 
 `step` is for one token, in one launch with the projections.
 
-In the first three a program is one warp: nobody waits for another warp. A tile is [lanes, rank]; rank is
+In the first three a program is one warp: nobody waits for another warp. A tile is [rank, lanes]; rank is
 padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
 inputs give equal bits. Arithmetic is that of the state's dtype, float32 or float64.
 """
@@ -40,28 +40,6 @@ _SIZES = ["tokens", "states", "lanes", "chunk", "chunks"]
 
 
 # ---- in all kernels: where a lane is, what a token brings, what it does -----------------------------------
-
-
-@triton.jit
-def _count(N: tl.constexpr):
-    """0 … N − 1.
-
-    The minimum changes nothing. It keeps the compiler from seeing that neighbours in memory are neighbours
-    here: it would lay tiles out along them, and shuffle between that layout and the lanes' every token.
-    """
-    return tl.minimum(tl.arange(0, N), N)
-
-
-@triton.jit
-def _place(lane, first, tokens, states, RANK: tl.constexpr, R: tl.constexpr):
-    """Of lanes [L], in a tensor [batch, tokens, states, RANK] at token `first` of their batch row:
-
-    where the number of their own row is [L], and the vector that they share with all rows [L, R].
-    """
-    group = lane // R
-    token = (group // states).to(tl.int64) * tokens + first
-    state = (token * states + group % states) * RANK
-    return state + lane % R, state[:, None] + _count(R)[None, :]
 
 
 @triton.jit
@@ -103,41 +81,65 @@ def _gates(beta, decay, UPDATE: tl.constexpr, TIED: tl.constexpr):
 
 
 @triton.jit
-def _load(inputs, at, vectors, ahead, count, width, RANK: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
-    """Tokens `ahead` … `ahead` + N − 1: a tuple of q, k [L, R] and v, keep, erase, write [L] for each.
+def _flat(L: tl.constexpr, R: tl.constexpr):
+    """The lane and the column of every number of a tile [R, L], as [R × L].
+
+    Memory is addressed by such flat tiles, so that the compiler, which lays a tile out as its addresses
+    suggest, has no choice of an order. Reshaped, a lane's numbers are in one thread, or in few.
+    """
+    n = tl.arange(0, R * L)
+    return n % L, n // L
+
+
+@triton.jit
+def _place(lane, first, tokens, states, RANK: tl.constexpr, R: tl.constexpr):
+    """Where a lane's state begins in [batch, tokens, states, RANK], at token `first` of its batch row."""
+    group = lane // R
+    token = (group // states).to(tl.int64) * tokens + first
+    return (token * states + group % states) * RANK
+
+
+@triton.jit
+def _load(
+    inputs, numbers, vectors, ahead, count, counts, width, L: tl.constexpr, R: tl.constexpr, N: tl.constexpr
+):
+    """Tokens `ahead` … `ahead` + N − 1: a tuple of q, k [R, L] and v, keep, erase, write [L] for each.
 
     All loads come before the first use, so that they wait for memory together.
 
     Args:
-        inputs: those six, [batch, tokens, states, RANK] each.
-        at, vectors: see `_place`.
-        count: [L], how many tokens there are, none for a lane that is padding. One beyond does nothing.
+        inputs: those six, [batch, tokens, states, rank] each.
+        numbers, vectors: [L] and [R × L], where the lanes' own numbers, and the vectors that they share with
+            the other rows of their state, are in the first token.
+        count, counts: the same shapes, how many tokens there are; none for what is padding. A token beyond
+            does nothing.
         width: numbers from one token to the next.
     """
     q, k, v, keep, erase, write = inputs
     loaded = ()
     for i in tl.static_range(N):
-        inside = count > ahead + i
-        whole = inside[:, None] & (_count(R)[None, :] < RANK)
+        known = count > ahead + i
+        whole = counts > ahead + i
         on = (ahead + i) * width
         token = (
-            tl.load(q + vectors + on, mask=whole, other=0.0),
-            tl.load(k + vectors + on, mask=whole, other=0.0),
-            tl.load(v + at + on, mask=inside, other=0.0),
-            tl.load(keep + at + on, mask=inside, other=1.0),
-            tl.load(erase + at + on, mask=inside, other=0.0),
-            tl.load(write + at + on, mask=inside, other=0.0),
+            tl.reshape(tl.load(q + vectors + on, mask=whole, other=0.0), (R, L)),
+            tl.reshape(tl.load(k + vectors + on, mask=whole, other=0.0), (R, L)),
+            tl.load(v + numbers + on, mask=known, other=0.0),
+            tl.load(keep + numbers + on, mask=known, other=1.0),
+            tl.load(erase + numbers + on, mask=known, other=0.0),
+            tl.load(write + numbers + on, mask=known, other=0.0),
         )
         loaded = loaded + (token,)
     return loaded
 
 
 @triton.jit
-def _load_rows(x, at, ahead, count, width, N: tl.constexpr):
+def _load_rows(x, numbers, ahead, count, width, N: tl.constexpr):
     """As `_load`, of one tensor, a tuple of [L]."""
     loaded = ()
     for i in tl.static_range(N):
-        loaded = loaded + (tl.load(x + at + (ahead + i) * width, mask=count > ahead + i, other=0.0),)
+        known = count > ahead + i
+        loaded = loaded + (tl.load(x + numbers + (ahead + i) * width, mask=known, other=0.0),)
     return loaded
 
 
@@ -145,7 +147,7 @@ def _load_rows(x, at, ahead, count, width, N: tl.constexpr):
 def _apply(
     maps,
     s,
-    inside,
+    lanes,
     chunk,
     step,
     count,
@@ -156,25 +158,28 @@ def _apply(
     L: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """s [L, R] after `count` chunks, of which `chunk` is the first and `chunk` + `step` the next.
+    """s [R, L] after `count` chunks, of which `chunk` is the first and `chunk` + `step` the next.
 
-    A sum over one of the tile's last two axes leaves s along the other one, where the next sum wants it
-    along the first again. Instead of moving it, every other map is loaded transposed.
+    A sum over one of the first two axes of a tile [R, R, L] leaves s along the other one, where the next sum
+    wants it along the first again. Instead of moving it, every other map is loaded transposed.
 
     Args:
         maps: [chunks, blocks, RANK + 1, RANK, L]: per lane of a block, a map and an offset.
         PAIRS: pairs of maps that are loaded together.
     """
-    lane = _count(L)[:, None, None]
-    i = tl.arange(0, R)[None, :, None]
-    j = tl.arange(0, R)[None, None, :]
+    n = tl.arange(0, R * R * L)
+    lane = _hidden(n % L)
+    i = n // L // R
+    j = n // L % R
+    inside = (i < RANK) & (j < RANK) & (block * L + n % L < lanes) & ((block * L + n % L) % R < RANK)
     steps = tl.where(inside, count, 0)
-    square = (i < RANK) & (j < RANK)
-    wide = _count(R)[None, :] < RANK
     rows = (i * RANK + j) * L + lane
     columns = (j * RANK + i) * L + lane
     same = (i == j).to(s.dtype)
-    offset = (RANK * RANK + _count(R)[None, :]) * L + _count(L)[:, None]
+    lane, col = _flat(L, R)
+    inside = (col < RANK) & (block * L + lane < lanes) & ((block * L + lane) % R < RANK)
+    shift_steps = tl.where(inside, count, 0)
+    offset = (RANK * RANK + col) * L + _hidden(lane)
     SIZE: tl.constexpr = (RANK + 1) * RANK * L
     jump = step.to(tl.int64) * blocks * SIZE
     maps += (chunk.to(tl.int64) * blocks + block) * SIZE
@@ -182,21 +187,26 @@ def _apply(
         # Beyond the last chunk come maps that change nothing.
         loaded = ()
         for pair in tl.static_range(PAIRS):
-            one = steps > done + 2 * pair
-            two = steps > done + 2 * pair + 1
+            one = done + 2 * pair
             pair_of_maps = (
-                tl.load(maps + columns, mask=one[:, None, None] & square, other=same),
-                tl.load(maps + offset, mask=one[:, None] & wide, other=0.0),
-                tl.load(maps + jump + rows, mask=two[:, None, None] & square, other=same),
-                tl.load(maps + jump + offset, mask=two[:, None] & wide, other=0.0),
+                tl.reshape(tl.load(maps + columns, mask=steps > one, other=same), (R, R, L)),
+                tl.reshape(tl.load(maps + offset, mask=shift_steps > one, other=0.0), (R, L)),
+                tl.reshape(tl.load(maps + jump + rows, mask=steps > one + 1, other=same), (R, R, L)),
+                tl.reshape(tl.load(maps + jump + offset, mask=shift_steps > one + 1, other=0.0), (R, L)),
             )
             loaded = loaded + (pair_of_maps,)
             maps += 2 * jump
         for pair in tl.static_range(PAIRS):
             map_, shift, next_map, next_shift = loaded[pair]
-            s = tl.sum(map_ * s[:, None, :], axis=2) + shift
-            s = tl.sum(next_map * s[:, :, None], axis=1) + next_shift
+            s = tl.sum(map_ * s[None, :, :], axis=1) + shift
+            s = tl.sum(next_map * s[:, None, :], axis=0) + next_shift
     return s
+
+
+@triton.jit
+def _hidden(n):
+    """n. The compiler does not see that neighbours in memory are neighbours here, see `_flat`."""
+    return n * 3 // 3
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------
@@ -297,37 +307,44 @@ def compose(
     index = tl.program_id(1)
     if grad is not None:
         index += 1  # the first chunk has none before it to carry a gradient to
-    vector = tl.program_id(0) * L + tl.arange(0, L)
-    unit = vector // lanes  # which unit vector this is; RANK for the offset
-    lane = vector % lanes
     begin = index.to(tl.int64) * chunk
     length = tl.minimum(tokens - begin, chunk).to(tl.int32)
-    at, vectors = _place(lane, begin, tokens, states, RANK, R)
-    inside = (unit <= RANK) & (lane % R < RANK)
-    count = tl.where(inside, length, 0)
     width = states * RANK
-    col = _count(R)[None, :]
     NUMBER: tl.constexpr = maps.dtype.element_ty
-    s = ((col == unit[:, None]) & (col < RANK)).to(NUMBER)
-    own = (unit == RANK).to(NUMBER)
+
+    vector = tl.program_id(0) * L + tl.arange(0, L)
+    lane = vector % lanes
+    numbers = _place(lane, begin, tokens, states, RANK, R) + lane % R
+    count = tl.where((vector // lanes <= RANK) & (lane % R < RANK), length, 0)
+    own = (vector // lanes == RANK).to(NUMBER)
+
+    lane, col = _flat(L, R)
+    vector = tl.program_id(0) * L + lane
+    unit = vector // lanes  # which unit vector this is; RANK for the offset
+    lane = vector % lanes
+    vectors = _place(lane, begin, tokens, states, RANK, R) + col
+    inside = (unit <= RANK) & (lane % R < RANK) & (col < RANK)
+    counts = tl.where(inside, length, 0)
+
+    s = tl.reshape((inside & (col == unit)).to(NUMBER), (R, L))
     for done in range(0, chunk, UNROLL):
         if grad is None:
-            loaded = _load(inputs, at, vectors, done, count, width, RANK, R, UNROLL)
+            loaded = _load(inputs, numbers, vectors, done, count, counts, width, L, R, UNROLL)
             for i in tl.static_range(UNROLL):
                 q, k, v, keep, erase, write = loaded[i]
-                u = own * write * v - erase * tl.sum(s * k, axis=1)
-                s = keep[:, None] * s + u[:, None] * k
+                u = own * write * v - erase * tl.sum(s * k, axis=0)
+                s = keep[None, :] * s + u[None, :] * k
         else:
             start = chunk - UNROLL - done
-            loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
-            grads = _load_rows(grad, at, start, count, width, UNROLL)
+            loaded = _load(inputs, numbers, vectors, start, count, counts, width, L, R, UNROLL)
+            grads = _load_rows(grad, numbers, start, count, width, UNROLL)
             for i in tl.static_range(UNROLL):
                 q, k, v, keep, erase, write = loaded[UNROLL - 1 - i]
                 m = own * grads[UNROLL - 1 - i]
-                s = keep[:, None] * s - (erase * tl.sum(s * k, axis=1))[:, None] * k + m[:, None] * q
+                s = keep[None, :] * s - (erase * tl.sum(s * k, axis=0))[None, :] * k + m[None, :] * q
     block = index.to(tl.int64) * tl.cdiv(lanes, BLOCK) + lane // BLOCK
-    to = ((block * (RANK + 1) + unit) * RANK * BLOCK + lane % BLOCK)[:, None] + col * BLOCK
-    tl.store(maps + to, s, mask=inside[:, None] & (col < RANK))
+    to = ((block * (RANK + 1) + unit) * RANK + col) * BLOCK + lane % BLOCK
+    tl.store(maps + to, tl.reshape(s, (R * L,)), mask=inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -336,8 +353,8 @@ def replay(
     before,
     maps,
     reads,
-    after,
     kept,
+    after,
     tokens,
     states,
     lanes,
@@ -362,31 +379,37 @@ def replay(
     index = tl.program_id(1)
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
-    lane = block * L + tl.arange(0, L)
     begin = index.to(tl.int64) * chunk
     length = tl.minimum(tokens - begin, chunk).to(tl.int32)
-    at, vectors = _place(lane, begin, tokens, states, RANK, R)
-    inside = (lane < lanes) & (lane % R < RANK)
-    count = tl.where(inside, length, 0)
     width = states * RANK
-    col = _count(R)[None, :]
-    whole = inside[:, None] & (col < RANK)
-    at_state = ((lane // R) * RANK + lane % R)[:, None] * RANK + col
-    s = tl.load(before + at_state, mask=whole, other=0.0)
+
+    lane = block * L + tl.arange(0, L)
+    numbers = _place(lane, begin, tokens, states, RANK, R) + lane % R
+    count = tl.where((lane < lanes) & (lane % R < RANK), length, 0)
+
+    in_block, col = _flat(L, R)
+    lane = block * L + in_block
+    vectors = _place(lane, begin, tokens, states, RANK, R) + col
+    inside = (lane < lanes) & (lane % R < RANK) & (col < RANK)
+    counts = tl.where(inside, length, 0)
+    in_state = (lane // R * RANK + lane % R) * RANK + col
+
+    s = tl.reshape(tl.load(before + in_state, mask=inside, other=0.0), (R, L))
     if maps is not None:
-        s = _apply(maps, s, inside, index * 0, index * 0 + 1, index, block, blocks, RANK, R, L, PAIRS)
+        s = _apply(maps, s, lanes, index * 0, index * 0 + 1, index, block, blocks, RANK, R, L, PAIRS)
     if kept is not None:
-        to = (index.to(tl.int64) * blocks + block) * RANK * L + col * L + _count(L)[:, None]
-        tl.store(kept + to, s, mask=col < RANK)
+        to = ((index.to(tl.int64) * blocks + block) * RANK + col) * L + _hidden(in_block)
+        tl.store(kept + to, tl.reshape(s, (R * L,)), mask=col < RANK)
     for start in range(0, length, UNROLL):
-        loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
+        loaded = _load(inputs, numbers, vectors, start, count, counts, width, L, R, UNROLL)
         for i in tl.static_range(UNROLL):
             q, k, v, keep, erase, write = loaded[i]
-            read = tl.sum(s * q, axis=1)
-            tl.store(reads + at + (start + i) * width, read, mask=count > start + i)
-            s = keep[:, None] * s + (write * v - erase * tl.sum(s * k, axis=1))[:, None] * k
+            read = tl.sum(s * q, axis=0)
+            tl.store(reads + numbers + (start + i) * width, read, mask=count > start + i)
+            u = write * v - erase * tl.sum(s * k, axis=0)
+            s = keep[None, :] * s + u[None, :] * k
     if index == chunks - 1:
-        tl.store(after + at_state, s, mask=whole)
+        tl.store(after + in_state, tl.reshape(s, (R * L,)), mask=inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -425,83 +448,91 @@ def replay_backward(
     index = tl.program_id(1)
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
-    lane = block * L + tl.arange(0, L)
     begin = index.to(tl.int64) * chunk
     length = tl.minimum(tokens - begin, chunk).to(tl.int32)
-    at, vectors = _place(lane, begin, tokens, states, RANK, R)
-    inside = (lane < lanes) & (lane % R < RANK)
-    count = tl.where(inside, length, 0)
     width = states * RANK
-    col = _count(R)[None, :]
-    whole = inside[:, None] & (col < RANK)
-    in_block = col * L + _count(L)[:, None]
-    at_state = ((lane // R) * RANK + lane % R)[:, None] * RANK + col
+
+    lane = block * L + tl.arange(0, L)
+    numbers = _place(lane, begin, tokens, states, RANK, R) + lane % R
+    count = tl.where((lane < lanes) & (lane % R < RANK), length, 0)
+
+    in_block, col = _flat(L, R)
+    lane = block * L + in_block
+    vectors = _place(lane, begin, tokens, states, RANK, R) + col
+    inside = (lane < lanes) & (lane % R < RANK) & (col < RANK)
+    counts = tl.where(inside, length, 0)
+    in_state = (lane // R * RANK + lane % R) * RANK + col
+    in_kept = col * L + _hidden(in_block)
+    kept_too = col < RANK
 
     # The groups of ROWS lanes that share a state, and where their sums go.
     ROWS: tl.constexpr = min(R, L)
-    leader = block * L + tl.arange(0, L // ROWS) * ROWS
-    _, at_sums = _place(leader, begin, tokens, states, RANK, R)
-    at_sums += ((leader % R // ROWS).to(tl.int64) * (lanes // R) * tokens * RANK)[:, None]
-    count_sums = tl.where(leader < lanes, length, 0)
+    group, to_col = _flat(L // ROWS, R)
+    leader = block * L + group * ROWS
+    part = (leader % R // ROWS).to(tl.int64) * (lanes // R) * tokens * RANK
+    sums = part + _place(leader, begin, tokens, states, RANK, R) + to_col
+    count_sums = tl.where((leader < lanes) & (to_col < RANK), length, 0)
 
-    g = tl.load(grad_after + at_state, mask=whole, other=0.0)
+    g = tl.reshape(tl.load(grad_after + in_state, mask=inside, other=0.0), (R, L))
     if maps is not None:
         behind = chunks - 1 - index
-        g = _apply(maps, g, inside, chunks - 1, index * 0 - 1, behind, block, blocks, RANK, R, L, PAIRS)
+        g = _apply(maps, g, lanes, chunks - 1, index * 0 - 1, behind, block, blocks, RANK, R, L, PAIRS)
 
     # The states between, one every UNROLL tokens.
     own = index.to(tl.int64) * blocks + block
-    s = tl.load(kept + own * RANK * L + in_block, mask=col < RANK, other=0.0)
+    s = tl.reshape(tl.load(kept + own * RANK * L + in_kept, mask=kept_too, other=0.0), (R, L))
     scratch += own * tl.cdiv(chunk, UNROLL) * RANK * L
     for start in range(0, length, UNROLL):
-        tl.store(scratch + (start // UNROLL) * RANK * L + in_block, s, mask=col < RANK)
-        loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
+        tl.store(scratch + start // UNROLL * RANK * L + in_kept, tl.reshape(s, (R * L,)), mask=kept_too)
+        loaded = _load(inputs, numbers, vectors, start, count, counts, width, L, R, UNROLL)
         for i in tl.static_range(UNROLL):
             q, k, v, keep, erase, write = loaded[i]
-            s = keep[:, None] * s + (write * v - erase * tl.sum(s * k, axis=1))[:, None] * k
+            u = write * v - erase * tl.sum(s * k, axis=0)
+            s = keep[None, :] * s + u[None, :] * k
     tl.debug_barrier()
 
     grad_q, grad_k, grad_v, grad_keep, grad_erase, grad_write = grads
     last = (length - 1) // UNROLL * UNROLL
     for done in range(0, length, UNROLL):
         start = last - done
-        loaded = _load(inputs, at, vectors, start, count, width, RANK, R, UNROLL)
-        loaded_grads = _load_rows(grad_reads, at, start, count, width, UNROLL)
-        s = tl.load(scratch + (start // UNROLL) * RANK * L + in_block, mask=col < RANK, other=0.0)
+        loaded = _load(inputs, numbers, vectors, start, count, counts, width, L, R, UNROLL)
+        loaded_grads = _load_rows(grad_reads, numbers, start, count, width, UNROLL)
+        s = tl.load(scratch + start // UNROLL * RANK * L + in_kept, mask=kept_too, other=0.0)
+        s = tl.reshape(s, (R, L))
         seen = ()
         for i in tl.static_range(UNROLL):
             q, k, v, keep, erase, write = loaded[i]
-            recalled = tl.sum(s * k, axis=1)
+            recalled = tl.sum(s * k, axis=0)
             seen = seen + ((s, recalled),)
-            s = keep[:, None] * s + (write * v - erase * recalled)[:, None] * k
+            s = keep[None, :] * s + (write * v - erase * recalled)[None, :] * k
         for i in tl.static_range(UNROLL):
             ahead = start + UNROLL - 1 - i
             q, k, v, keep, erase, write = loaded[UNROLL - 1 - i]
             grad = loaded_grads[UNROLL - 1 - i]
             s, recalled = seen[UNROLL - 1 - i]
             # s is s_{t-1} and g the gradient of s_t = keep s_{t-1} + u k.
-            grad_u = tl.sum(g * k, axis=1)
+            grad_u = tl.sum(g * k, axis=0)
             u = write * v - erase * recalled
-            to = at + ahead * width
+            to = numbers + ahead * width
             known = count > ahead
             tl.store(grad_v + to, grad_u * write, mask=known)
-            tl.store(grad_keep + to, tl.sum(g * s, axis=1), mask=known)
+            tl.store(grad_keep + to, tl.sum(g * s, axis=0), mask=known)
             tl.store(grad_erase + to, -grad_u * recalled, mask=known)
             tl.store(grad_write + to, grad_u * v, mask=known)
-            to_k = u[:, None] * g - (erase * grad_u)[:, None] * s
-            to = at_sums + ahead * width
-            known = (count_sums > ahead)[:, None] & (col < RANK)
-            tl.store(grad_k + to, _over_rows(to_k, ROWS), mask=known)
-            tl.store(grad_q + to, _over_rows(grad[:, None] * s, ROWS), mask=known)
-            g = keep[:, None] * g - (erase * grad_u)[:, None] * k + grad[:, None] * q
+            to_k = u[None, :] * g - (erase * grad_u)[None, :] * s
+            to = sums + ahead * width
+            known = count_sums > ahead
+            tl.store(grad_k + to, _over_rows(to_k, R, L, ROWS), mask=known)
+            tl.store(grad_q + to, _over_rows(grad[None, :] * s, R, L, ROWS), mask=known)
+            g = keep[None, :] * g - (erase * grad_u)[None, :] * k + grad[None, :] * q
     if index == 0:
-        tl.store(grad_before + at_state, g, mask=whole)
+        tl.store(grad_before + in_state, tl.reshape(g, (R * L,)), mask=inside)
 
 
 @triton.jit
-def _over_rows(x, ROWS: tl.constexpr):
-    """[L / ROWS, R] of x [L, R]: summed over every ROWS lanes."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), axis=1)
+def _over_rows(x, R: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr):
+    """[R × L / ROWS], flat, of x [R, L]: summed over every ROWS lanes."""
+    return tl.reshape(tl.sum(tl.reshape(x, (R, L // ROWS, ROWS)), axis=2), (R * (L // ROWS),))
 
 
 @triton.jit
@@ -514,8 +545,8 @@ def step(
     mask,
     reads,
     after,
-    states,
-    size,
+    STATES: tl.constexpr,
+    SIZE: tl.constexpr,
     RANK: tl.constexpr,
     R: tl.constexpr,
     SLICE: tl.constexpr,
@@ -524,20 +555,20 @@ def step(
     TIED: tl.constexpr,
     PER_ROW: tl.constexpr,
 ):
-    """Projection, read and write of one token. Grid: (states, batch).
+    """Projection, read and write of one token. Grid: (STATES, batch).
 
     Args:
-        hidden: [batch, size].
-        in_proj: [features, size], the layer's projections, laid out as `Rule.sections`.
+        hidden: [batch, SIZE].
+        in_proj: [features, SIZE], the layer's projections, laid out as `Rule.sections`.
         gate_bias: see `activation.activate`.
-        before, after: the state [batch, states, RANK, RANK].
+        before, after: the state [batch, STATES, RANK, RANK].
         writes, mask: bool [batch], or None.
-        reads: [batch, states, RANK].
-        SLICE, UNROLL: numbers of `size` in a tile, and tiles that are loaded together.
+        reads: [batch, STATES, RANK].
+        SLICE, UNROLL: numbers of SIZE in a tile, and tiles that are loaded together.
     """
     state = tl.program_id(0)
     row = tl.program_id(1)
-    width = states * RANK
+    width: tl.constexpr = STATES * RANK
     i = tl.arange(0, R)
     rows = (i < RANK)[:, None]
     at = state * RANK + i
@@ -545,39 +576,40 @@ def step(
     gates = width
     if not PER_ROW:
         gate = state + i * 0
-        gates = states
+        gates = STATES
     x = tl.arange(0, SLICE)
     query = tl.zeros((R, SLICE), tl.float32)
     key = tl.zeros((R, SLICE), tl.float32)
     value = tl.zeros((R, SLICE), tl.float32)
     beta = tl.zeros((R, SLICE), tl.float32)
     decay = tl.zeros((R, SLICE), tl.float32)
-    hidden += row.to(tl.int64) * size
-    at_q = in_proj + at.to(tl.int64)[:, None] * size + x[None, :]
-    at_g = in_proj + (3 * width + gate).to(tl.int64)[:, None] * size + x[None, :]
-    for start in range(0, size, SLICE * UNROLL):
+    hidden += row.to(tl.int64) * SIZE
+    at_q = in_proj + at.to(tl.int64)[:, None] * SIZE + x[None, :]
+    at_g = in_proj + (3 * width + gate).to(tl.int64)[:, None] * SIZE + x[None, :]
+    for start in range(0, SIZE, SLICE * UNROLL):
         loaded = ()
         for j in tl.static_range(UNROLL):
             on = start + j * SLICE
-            inside = size > on + x
+            inside = on + x < SIZE
             whole = rows & inside[None, :]
             slices = (
                 tl.load(hidden + on + x, mask=inside, other=0.0)[None, :],
                 tl.load(at_q + on, mask=whole, other=0.0),
-                tl.load(at_q + width * size + on, mask=whole, other=0.0),
-                tl.load(at_q + 2 * width * size + on, mask=whole, other=0.0),
+                tl.load(at_q + width * SIZE + on, mask=whole, other=0.0),
+                tl.load(at_q + 2 * width * SIZE + on, mask=whole, other=0.0),
                 tl.load(at_g + on, mask=whole, other=0.0),
-                None if TIED else tl.load(at_g + gates * size + on, mask=whole, other=0.0),
             )
+            if not TIED:
+                slices = slices + (tl.load(at_g + gates * SIZE + on, mask=whole, other=0.0),)
             loaded = loaded + (slices,)
         for j in tl.static_range(UNROLL):
-            h, for_q, for_k, for_v, for_beta, for_decay = loaded[j]
-            query += _product(for_q, h)
-            key += _product(for_k, h)
-            value += _product(for_v, h)
-            beta += _product(for_beta, h)
+            h = loaded[j][0]
+            query += _product(loaded[j][1], h)
+            key += _product(loaded[j][2], h)
+            value += _product(loaded[j][3], h)
+            beta += _product(loaded[j][4], h)
             if not TIED:
-                decay += _product(for_decay, h)
+                decay += _product(loaded[j][5], h)
 
     q = _direction(tl.sum(query, axis=1), 0)
     k = _direction(tl.sum(key, axis=1), 0)
@@ -594,7 +626,7 @@ def step(
     if writes is not None:
         written = written & (tl.load(writes + row + i * 0) != 0)
 
-    at_state = (row.to(tl.int64) * states + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
+    at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
     whole = rows & (i < RANK)[None, :]
     s = tl.load(before + at_state, mask=whole, other=0.0)
     read = tl.where(seen, tl.sum(s * q[None, :], axis=1), 0.0)

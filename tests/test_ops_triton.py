@@ -1,0 +1,295 @@
+"""The GPU kernels compute what the definition says.
+
+On a CUDA machine they run on the GPU, over larger inputs. Elsewhere, where triton is installed, Triton's
+interpreter runs them on the CPU; that must be known before triton is imported, hence a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from delta_mem import ops
+from delta_mem.ops import Rule, delta_rule
+from delta_mem.ops import triton as backend
+from test_ops import RULES, assert_close, exact, example, gradients
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+pytestmark = pytest.mark.gpu if GPU else []
+needs_kernels = pytest.mark.skipif(
+    backend.kernels is None or not (GPU or backend.INTERPRETED),
+    reason="the kernels need triton, and a CUDA device or the interpreter's own process",
+)
+
+
+def interpreter_problem():
+    """Why this version of Triton's interpreter cannot run the kernels, or None."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def count(x, n):
+        for i in range(0, n + 0):
+            tl.store(x + i, i)
+
+    try:
+        count[1,](torch.zeros(2, dtype=torch.int32), 2)
+    except Exception as error:  # older versions and NumPy ≥ 2.4
+        return str(error)
+
+
+if backend.INTERPRETED and backend.kernels is not None and not GPU and interpreter_problem():
+    pytest.skip(f"Triton's interpreter fails: {interpreter_problem()}", allow_module_level=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(backend.kernels is None, reason="needs triton")
+@pytest.mark.skipif(GPU or backend.INTERPRETED, reason="the other tests run right here")
+def test_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip(done.stdout.strip().splitlines()[-2])
+    assert done.returncode == 0, done.stdout
+
+
+def on_device(inputs):
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+@pytest.fixture
+def chunks_of(monkeypatch):
+    """Sets the tokens in a chunk, so that short inputs have several."""
+    return lambda length: monkeypatch.setattr(backend, "_chunk_of", lambda *_: length)
+
+
+# tokens, states, rank, batch, tokens in a chunk or None
+SHAPES = [
+    (1, 1, 8, 1, None),
+    (2, 3, 5, 2, None),
+    (17, 1, 8, 1, 8),
+    (33, 3, 8, 1, 8),
+    (65, 1, 4, 1, 16),
+    (18, 3, 5, 2, 8),
+    (17, 1, 16, 1, 8),
+    (6, 1, 64, 1, None),
+]
+if GPU:
+    SHAPES += [
+        (n, states, rank, 3, 16 if rank <= 16 else None)
+        for n in (1, 2, 17, 64, 65, 130)
+        for states in (1, 3)
+        for rank in (1, 4, 5, 8, 16, 32, 64)
+    ]
+    SHAPES += [(1000, 1, 8, 1, None), (1000, 1, 8, 40, None), (1000, 4, 16, 2, None), (300, 8, 64, 2, None)]
+IDS = [f"tokens{n}-states{h}-rank{r}-batch{b}-chunk{c}" for n, h, r, b, c in SHAPES]
+
+
+@needs_kernels
+@pytest.mark.parametrize("n, states, rank, batch, chunk", SHAPES, ids=IDS)
+def test_equals_naive(n, states, rank, batch, chunk, chunks_of):
+    if chunk:
+        chunks_of(chunk)
+    inputs = on_device(example(n, states, rank, batch))
+    assert_close(delta_rule(**inputs, backend="triton"), exact(inputs))
+    assert_close(gradients(inputs, "triton"), gradients(inputs, "naive", double=True))
+
+
+@needs_kernels
+def test_gates_of_exactly_0_and_1(chunks_of):
+    chunks_of(8)
+    inputs = on_device(example(40, batch=1, rank=4))
+    for seed, gate in enumerate(("keep", "erase", "write")):
+        choice = torch.rand(inputs[gate].shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        inputs[gate] = inputs[gate].where(choice > 0.6, (choice > 0.3).float())
+    inputs["keep"][:, 10:20] = 0
+    inputs["keep"][:, 24:34] = 1
+    assert_close(delta_rule(**inputs, backend="triton"), exact(inputs))
+    assert_close(gradients(inputs, "triton"), gradients(inputs, "naive", double=True))
+
+
+@needs_kernels
+def test_equal_inputs_give_equal_bits(chunks_of):
+    chunks_of(8)
+    inputs = on_device(example(400 if GPU else 20, batch=1, states=2, rank=4))
+    one, other = gradients(inputs, "triton"), gradients(inputs, "triton")
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@needs_kernels
+def test_float64_gradcheck_and_strides(chunks_of):
+    chunks_of(8)
+    inputs = on_device(example(17, batch=1, rank=4, dtype=torch.float64))
+    inputs["v"] = inputs["v"].mT.contiguous().mT
+    inputs["keep"] = inputs["keep"][..., :1]
+    values = [x.requires_grad_() for x in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *x: delta_rule(*x, backend="triton"), values, fast_mode=True)
+
+
+@needs_kernels
+def test_masks_packed_sequences_and_half_precision(chunks_of):
+    chunks_of(8)
+    inputs = on_device(example(30, batch=1, rank=4) | {"state": example(1, batch=3, rank=4)["state"]})
+    inputs = {name: x.bfloat16() for name, x in inputs.items()}
+    options = {
+        "mask": (torch.arange(30, device=DEVICE) % 5 != 2)[None],
+        "cu_seqlens": torch.tensor([0, 3, 20, 30], device=DEVICE),
+    }
+    assert_close(delta_rule(**inputs, **options, backend="triton"), exact(inputs, **options))
+
+
+@needs_kernels
+@pytest.mark.parametrize("per_row", (True, False), ids=("gate per row", "gate per state"))
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
+@pytest.mark.parametrize("update", RULES)
+def test_advance_and_step(update, tied, per_row, chunks_of):
+    chunks_of(8)
+    batch, n, size = (3, 200, 300) if GPU else (2, 10, 20)
+    for rank, states, partly in ((8, 1, False), (5, 2, True)):
+        rule = Rule(states, rank, update, tied, per_row)
+        features = sum(rule.sections.values())
+        random = torch.Generator().manual_seed(rank)
+        z, hidden = (2 * torch.randn(batch, n, k, generator=random) for k in (features, size))
+        z[0, 3] *= 1e-4
+        bias = torch.randn(features - 3 * states * rank, generator=random)
+        weight = torch.randn(features, size, generator=random) / size**0.5
+        state = torch.randn(batch, states, rank, rank, generator=random)
+        writes, mask = torch.rand(2, batch, n, generator=random) > 0.4
+        if partly:
+            z[~mask], hidden[~mask] = torch.nan, torch.nan
+        else:
+            writes = mask = None
+        z, hidden, bias, weight, state, writes, mask = (
+            x if x is None else x.to(DEVICE) for x in (z, hidden, bias, weight, state, writes, mask)
+        )
+        before = state.clone()
+
+        def check(got, z, writes, mask, bias=bias, state=state, rule=rule):
+            wide = z.double(), bias.double(), state.double(), rule, writes, mask
+            assert_close(got, ops.advance(*wide, backend="naive"))
+
+        check(backend.advance(z, bias, state, rule, writes, mask), z, writes, mask)
+        for t in (0, 1, 2):
+            token, at = hidden[:, t : t + 1], slice(t, t + 1)
+            flags = [x if x is None else x[:, at] for x in (writes, mask)]
+            got = backend.step(token, weight, bias, state, rule, *flags)
+            check(got, F.linear(token.double(), weight.double()), *flags)
+        assert torch.equal(state, before)
+
+
+@needs_kernels
+def test_a_step_in_half_precision():
+    rule, size = Rule(1, 8), 2560 if GPU else 40
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 1, size, generator=random).bfloat16().to(DEVICE)
+    weight = (torch.randn(32, size, generator=random) / size**0.5).to(DEVICE)
+    bias, state = torch.zeros(8, device=DEVICE), torch.randn(2, 1, 8, 8, generator=random).to(DEVICE)
+    reads, after = backend.step(hidden, weight, bias, state, rule, None, None)
+    z = F.linear(hidden.double(), weight.bfloat16().double())
+    expected = ops.advance(z, bias.double(), state.double(), rule, backend="naive")
+    assert reads.dtype == torch.bfloat16 and after.dtype == torch.float32
+    # The interpreter rounds to bfloat16 towards zero.
+    assert_close((reads, after), expected, tolerance=1e-2)
+    if GPU:
+        assert_close(after, expected[1])
+
+
+@needs_kernels
+def test_what_does_not_fit_is_left_to_others():
+    rule, state = Rule(1, 4), torch.zeros(1, 1, 4, 4, device=DEVICE)
+    z, bias = torch.zeros(1, 3, 16, device=DEVICE), torch.zeros(4, device=DEVICE)
+    assert backend.advance(z, bias, state, rule, None, None) is not None
+    assert backend.advance(z.double(), bias, state, rule, None, None) is None
+    assert backend.advance(z, bias, state[:, :, :3], rule, None, None) is None
+    assert backend.advance(z[..., :15], bias, state, rule, None, None) is None
+    hidden, weight = torch.zeros(1, 2, 9, device=DEVICE), torch.zeros(16, 9, device=DEVICE)
+    assert backend.step(hidden[:, :1], weight, bias, state, rule, None, None) is not None
+    assert backend.step(hidden, weight, bias, state, rule, None, None) is None
+    assert backend.step(hidden[:, :1], weight[:15], bias, state, rule, None, None) is None
+
+
+@needs_kernels
+def test_compiles_without_graph_breaks(chunks_of):
+    chunks_of(8)
+    engine = "inductor" if GPU else "aot_eager"
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend=engine)
+
+    inputs = on_device(example(17, batch=1, rank=4))
+
+    def loss(q, k, v, keep, erase, write, state):
+        reads, state = delta_rule(q, k, v, keep, erase, write, state, backend="triton")
+        return reads.square().sum() + state.square().sum()
+
+    values = [x.requires_grad_() for x in inputs.values()]
+    eager = torch.autograd.grad(loss(*values), values)
+    assert_close(torch.autograd.grad(compiled(loss)(*values), values), eager)
+
+    rule, state = Rule(1, 4), torch.randn(1, 1, 4, 4, device=DEVICE)
+    z, bias = torch.randn(1, 9, 16, device=DEVICE), torch.zeros(4, device=DEVICE)
+    hidden, weight = torch.randn(1, 1, 20, device=DEVICE), torch.randn(16, 20, device=DEVICE)
+    with torch.no_grad():
+
+        def advance(*tensors):
+            return ops.advance(*tensors, rule, backend="triton")
+
+        def step(*tensors):
+            return ops.step(*tensors, rule)
+
+        assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, None, None))
+        expected = backend.step(hidden, weight, bias, state, rule, None, None)
+        assert_close(compiled(step)(hidden, weight, bias, state), expected)
+
+
+@needs_kernels
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    inputs, rule = on_device(example(9, states=2)), Rule(2, 8)
+    z, bias = torch.zeros(2, 9, 64, device=DEVICE), torch.zeros(16, device=DEVICE)
+    real = delta_rule(**inputs, backend="triton"), ops.advance(z, bias, inputs["state"], rule)
+    with FakeTensorMode() as mode:
+        inputs = {name: mode.from_tensor(x) for name, x in inputs.items()}
+        z, bias = mode.from_tensor(z), mode.from_tensor(bias)
+        fake = delta_rule(**inputs, backend="triton"), ops.advance(z, bias, inputs["state"], rule)
+    assert [[x.shape for x in pair] for pair in real] == [[x.shape for x in pair] for pair in fake]
+
+
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+def test_auto_takes_the_kernels_on_a_gpu_and_graphs_capture_them():
+    inputs = on_device(example(100, states=2))
+    assert all(map(torch.equal, delta_rule(**inputs), delta_rule(**inputs, backend="triton")))
+
+    rule = Rule(1, 8)
+    state, bias = torch.zeros(2, 1, 8, 8, device="cuda"), torch.zeros(8, device="cuda")
+    hidden, weight = torch.randn(2, 1, 64, device="cuda"), torch.randn(32, 64, device="cuda")
+    ops.step(hidden, weight, bias, state, rule)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        reads, after = ops.step(hidden, weight, bias, state, rule)
+        state.copy_(after)
+    expected = torch.zeros_like(state)
+    for _ in range(3):
+        hidden.normal_()
+        graph.replay()
+        expected_reads, expected = ops.step(hidden, weight, bias, expected, rule)
+        assert torch.equal(reads, expected_reads) and torch.equal(state, expected)
+
+
+@pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes CPU tensors")
+def test_a_cpu_tensor_is_refused_by_name():
+    error, message = (ImportError, "needs triton") if backend.kernels is None else (ValueError, "on cpu")
+    with pytest.raises(error, match=message):
+        delta_rule(**example(3), backend="triton")
+
+
+@needs_kernels
+def test_a_rank_above_the_limit_is_refused():
+    with pytest.raises(ValueError, match="up to rank 64, not 65"):
+        delta_rule(**on_device(example(3, rank=65)), backend="triton")
