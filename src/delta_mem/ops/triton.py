@@ -1,8 +1,8 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
-`delta_rule` is differentiable, `advance` is one pair of launches from a layer's projections to its reads,
-and `step` is one launch from one token's hidden state to its read. All may be captured in a CUDA graph;
-under torch.compile each is one operator of the graph.
+`delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
+projections to its reads, and `step` is one from one token's hidden state to its read. All may be captured
+in a CUDA graph; under torch.compile each is one operator of the graph.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.

@@ -21,7 +21,8 @@ the lanes of its own chunk again, from the one state that the forward pass kept 
 token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where the batch fills the GPU,
 there is one chunk, no map, and the launch is a plain loop over the tokens.
 
-`step` is for one token, in one launch with the projections.
+`activate` comes before, from a layer's projections. `step` is for one token, in one launch with the
+projections.
 
 In the first three a program is one warp: nobody waits for another warp. A tile is [rank, lanes]; rank is
 padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
