@@ -331,9 +331,10 @@ class ChatSession:
         if config.pad_token_id is None:
             pad = self.tokenizer.pad_token_id
             config.pad_token_id = pad if pad is not None else next(iter(config.eos_token_id), 0)
-        # A static cache is made to measure, without room for the last token, which is fed afterwards.
-        length = config.max_length if config.max_new_tokens is None else prompt + config.max_new_tokens
-        config.max_cache_len = max(length, config.max_cache_len or 0)
+        if (config.cache_implementation or "").endswith("static"):
+            # It is made to measure, without room for the last token, which is fed afterwards.
+            length = config.max_length if config.max_new_tokens is None else prompt + config.max_new_tokens
+            config.max_cache_len = max(length, config.max_cache_len or 0)
         config.use_cache = config.return_dict_in_generate = True
         config.num_beams = config.num_return_sequences = 1
         return config, options
