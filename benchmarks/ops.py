@@ -18,19 +18,9 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from delta_mem.benchmark import available_backends
+from delta_mem.benchmark import available_backends, operator_inputs
 from delta_mem.ops import Rule, advance, delta_rule
-
-
-def example(args: argparse.Namespace) -> list[torch.Tensor]:
-    """q, k, v, keep, erase, write as an untrained adapter makes them."""
-    shape = (args.batch, args.tokens, args.states, args.rank)
-    q, k, v, gate = torch.randn(4, *shape, device=args.device)
-    write = torch.sigmoid(gate - 1.5)
-    q, k = F.normalize(q.tanh(), dim=-1), F.normalize(k.tanh(), dim=-1)
-    return [x.clone().requires_grad_(args.backward) for x in (q, k, v, 1 - write, write, write)]
 
 
 def call(args: argparse.Namespace) -> Callable[[str], None]:
@@ -42,7 +32,8 @@ def call(args: argparse.Namespace) -> Callable[[str], None]:
         state = torch.zeros(args.batch, args.states, args.rank, args.rank, device=args.device)
         return lambda backend: advance(z, gate_bias, state, rule, backend=backend)
 
-    inputs = example(args)
+    inputs = operator_inputs(args.device, args.batch, args.tokens, args.states, args.rank)
+    inputs = [x.clone().requires_grad_(args.backward) for x in inputs]
 
     def run(backend: str) -> None:
         reads, state = delta_rule(*inputs, backend=backend)

@@ -227,13 +227,16 @@ def test_nothing_outside_attention_finds_a_reading():
         assert torch.equal(projection(x), before)
 
 
-def test_hooks_of_others_keep_what_they_saw():
-    frozen, seen = backbone("qwen3"), []
-    projection = frozen.model.layers[0].self_attn.q_proj
+@pytest.mark.parametrize(("family", "name"), [("qwen3", "q_proj"), ("phi3", "qkv_proj")])
+@pytest.mark.parametrize("heads", ["q", "qkv"])
+def test_hooks_of_others_keep_what_they_saw(family, name, heads):
+    frozen, seen = backbone(family), []
+    projection = getattr(frozen.model.layers[0].self_attn, name)
     projection.register_forward_hook(
         lambda module, args, output: seen.append((output, output.clone())) and None
     )
-    run(seeded(frozen))
+    run(seeded(frozen, dm.DeltaMemConfig(heads=heads, init="random", init_gain=0.3)))
+    assert seen
     for kept, copied in seen:
         assert torch.equal(kept, copied)
 

@@ -297,11 +297,8 @@ class LayerHooks:
                 by_path.setdefault(self.layer.slots[head].path, []).append(head)
             for path, heads in by_path.items():
                 parent, _, name = path.rpartition(".")
-                parent, module = (
-                    self.layer.module.get_submodule(parent),
-                    self.layer.module.get_submodule(path),
-                )
-                self.hooked.append((parent, name, module))
+                module = self.layer.module.get_submodule(path)
+                self.hooked.append((self.layer.module.get_submodule(parent), name, module))
                 handles.append(module.register_forward_hook(partial(self.after_projection, heads)))
         return handles
 
@@ -330,8 +327,8 @@ class LayerHooks:
         reads = _reading.now[1]
         # In place where nobody looks: with gradients autograd does, and other hooks may keep what they saw.
         in_place = not torch.is_grad_enabled() and len(module._forward_hooks) == 1
-        if len(heads) > 1 and not in_place:
-            output = output.clone()
+        if not in_place and self.layer.slots[heads[0]].view is not _whole:
+            output = output.clone()  # parts of it are written below
         for head in heads:
             part = self.layer.slots[head].view(output, -1)
             if part is output:

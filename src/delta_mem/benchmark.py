@@ -131,7 +131,7 @@ def operator(device: str, rounds: int = 7, rank: int = 8, states: int = 1, batch
     for tokens in (1, 128, 2048, 8192, 65536):
         # The loop takes minutes where the others take milliseconds.
         names = [name for name in available_backends(device) if name != "naive" or tokens <= 8192]
-        inputs = _operator_inputs(device, batch, tokens, states, rank)
+        inputs = operator_inputs(device, batch, tokens, states, rank)
         few = rounds if tokens <= 2048 else max(3, rounds // 2)
         for backward in (False, True):
             variants = {name: _operator_run(inputs, name, backward) for name in names}
@@ -152,7 +152,7 @@ def available_backends(device: str) -> list[str]:
     return names
 
 
-def _operator_inputs(device: str, batch: int, tokens: int, states: int, rank: int) -> list[Tensor]:
+def operator_inputs(device: str, batch: int, tokens: int, states: int, rank: int) -> list[Tensor]:
     """q, k, v, keep, erase, write as an untrained adapter makes them."""
     torch.manual_seed(0)
     q, k, v, gate = torch.randn(4, batch, tokens, states, rank, device=device)
