@@ -49,7 +49,7 @@ def test_saved_and_loaded(config, tmp_path):
     assert card.startswith("---\nlibrary_name: delta-mem\n") and "arXiv 2605.12357" in card
 
 
-@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+@pytest.mark.parametrize("case", sorted(path.parent.name for path in GOLDEN.glob("*/delta_mem_config.json")))
 def test_official_adapters_survive_both_ways(case, tmp_path):
     theirs = checkpoint.load_adapter(GOLDEN / case)
     checkpoint.save_adapter(theirs, tmp_path / "ours")

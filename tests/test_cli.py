@@ -21,7 +21,7 @@ from families import backbone
 from helpers import tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/delta_mem_config.json"))
 STATES = dict(init="random", init_gain=0.5)
 
 
