@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedBackboneError
-from .memory import DeltaMemory, WritePlan, plan_writes
+from .memory import DeltaMemory, MemoryTrace, WritePlan, plan_writes
 from .state import MemoryState, OpenSegment
 
 CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 
-_reading = threading.local()  # .now: (adapter, reads) of the attention module this thread is in
+_reading = threading.local()  # .now: (adapter, reads, call) of the attention module this thread is in
 
 
 # ---- finding the projections -------------------------------------------------------------------
@@ -212,21 +212,26 @@ class MemoryCall:
         mask: Tensor | None = None,
         write: Tensor | bool = True,
         segment_ids: Tensor | None = None,
-        keep_segment_open: bool = False,
+        keep_segment_open: Tensor | bool = False,
         keep_inputs: bool = False,
+        trace: MemoryTrace | None = None,
     ):
-        self.memory = memory
+        self.memory, self.shape = memory, shape
         self.plan: WritePlan = plan_writes(memory, shape, mask, write, segment_ids, keep_segment_open)
         self.moved: dict[torch.device, WritePlan] = {}  # the plan on other devices
         self.states = dict(memory.layers)
         self.open_sums = {} if memory.open_segment is None else dict(memory.open_segment.sums)
         self.left: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.inputs: dict[int, Tensor] | None = {} if keep_inputs else None
+        self.trace = trace
+        self.gates: dict[int, Tensor] = {}
+        self.corrections: dict[int, dict[str, Tensor]] = {}
 
     def take(self, index: int, adapter: DeltaMemory, hidden: Tensor) -> Tensor:
         """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
         plan = self._plan_on(hidden.device)
-        if hidden.shape[1] == 1 and not plan.read_only and plan.segments is None and self.inputs is None:
+        whole = self.inputs is None and self.trace is None and plan.segments is None and not plan.read_only
+        if hidden.shape[1] == 1 and whole:
             reads, state = adapter.step(hidden, self.states[index], plan)
             self.left[index] = (state, None)
             return reads
@@ -234,13 +239,26 @@ class MemoryCall:
 
     def advance(self, index: int, adapter: DeltaMemory, z: Tensor) -> Tensor:
         """`take` from the adapter's projections on."""
-        reads, state, open_sum = adapter.advance(
-            z, self.states[index], self.open_sums.get(index), self._plan_on(z.device)
-        )
+        plan, before = self._plan_on(z.device), self.open_sums.get(index)
+        reads, state, open_sum = adapter.advance(z, self.states[index], before, plan)
         self.left[index] = (state, open_sum)
+        if self.trace is not None and not plan.read_only:
+            self.gates[index] = adapter.write_gates(z, before, plan)
         if self.inputs is not None:
             self.inputs[index] = z
         return reads
+
+    def measure(self, index: int, adapter: DeltaMemory, head: str, reads: Tensor, output: Tensor) -> None:
+        """Notes for the trace how large the correction of `head` by `reads` is beside `output`."""
+        output, mask = output.flatten(2), self._plan_on(output.device).mask
+        with torch.no_grad():
+            # Corrected zeros, not the difference of two outputs: in bfloat16 that would be mostly rounding.
+            correction = adapter.correct(head, reads, torch.zeros_like(output))
+            norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (correction, output)]
+            if mask is not None:
+                norms = [norm.masked_fill(~mask, 0) for norm in norms]
+            size, whole = (torch.linalg.vector_norm(norm) for norm in norms)
+        self.corrections.setdefault(index, {})[head] = size / whole.clamp(min=1e-12)
 
     def _plan_on(self, device: torch.device) -> WritePlan:
         if device == self.memory.tokens_written.device:
@@ -260,6 +278,8 @@ class MemoryCall:
             raise UnsupportedBackboneError(
                 f"the backbone did not hand the memory on to the attention of layer(s) {missed}."
             )
+        if self.trace is not None:
+            self._fill_trace()
         if self.plan.read_only:
             return
         memory, segments = self.memory, self.plan.segments
@@ -272,6 +292,19 @@ class MemoryCall:
                 _renew(before.count, segments.open_count),
                 _renew(before.ids, segments.open_ids),
             )
+
+    def _fill_trace(self) -> None:
+        trace, plan = self.trace, self.plan
+        if plan.segments is not None:
+            trace.written = plan.segments.ends
+        else:
+            device = self.memory.tokens_written.device
+            trace.written = torch.full(self.shape, not plan.read_only, device=device)
+            for flags in (plan.mask, plan.writes):
+                trace.written = trace.written if flags is None else trace.written & flags
+        # Handed over: what checkpointing's second forward notes, it notes elsewhere.
+        trace.gates, trace.corrections = self.gates, self.corrections
+        self.gates, self.corrections = {}, {}
 
 
 def _renew(old: Tensor, new: Tensor) -> Tensor:
@@ -315,7 +348,7 @@ class LayerHooks:
         _reading.now = None
         if call is not None and self.adapter is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            _reading.now = (self.adapter, call.take(self.layer.index, self.adapter, hidden))
+            _reading.now = (self.adapter, call.take(self.layer.index, self.adapter, hidden), call)
         return args, kwargs
 
     def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -324,13 +357,15 @@ class LayerHooks:
     def after_projection(self, heads: list[str], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if getattr(_reading, "now", None) is None or _reading.now[0] is not self.adapter:
             return output
-        reads = _reading.now[1]
+        _, reads, call = _reading.now
         # In place where nobody looks: with gradients autograd does, and other hooks may keep what they saw.
         in_place = not torch.is_grad_enabled() and len(module._forward_hooks) == 1
         if not in_place and self.layer.slots[heads[0]].view is not _whole:
             output = output.clone()  # parts of it are written below
         for head in heads:
             part = self.layer.slots[head].view(output, -1)
+            if call.trace is not None and call.trace.measure_corrections:
+                call.measure(self.layer.index, self.adapter, head, reads, part)
             if part is output:
                 output = self.adapter.correct(head, reads, output, in_place)
             else:

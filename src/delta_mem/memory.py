@@ -19,7 +19,7 @@ A `DeltaMemory` holds weights only. States come in and go out as values.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,29 @@ class WritePlan:
 
 
 @dataclass
+class MemoryTrace:
+    """What the memories did in one call: pass it as `trace=`, and look into it after.
+
+    A call fills it anew when it succeeds. The second forward of gradient checkpointing adds nothing.
+
+    Attributes:
+        measure_corrections: fill `corrections`, which costs a pass over the projections' outputs.
+        written: bool [batch, tokens]: at which tokens something was written. Under segment writes, at the
+            last token of each segment. A segment that had ended before the call's first token is not in it.
+        gates: {layer: float32 [batch, tokens, G]}: the write gates β; those at `written` tokens count,
+            under segment writes they are those of the segment's mean. G is D (a gate per row of the state)
+            or num_states (one per state). Differentiable. Empty if the call only reads.
+        corrections: {layer: {head: float32 scalar}}: the norm of the correction relative to that of the
+            projection's own output, over the call's tokens without padding. Not differentiable.
+    """
+
+    measure_corrections: bool = True
+    written: Tensor | None = None
+    gates: dict[int, Tensor] = field(default_factory=dict)
+    corrections: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
 class SegmentPlan:
     """Segments of one call. Index 0 is the segment left open by the call before; others follow.
 
@@ -89,7 +112,7 @@ def plan_writes(
     mask: Tensor | None,
     write: Tensor | bool,
     segment_ids: Tensor | None = None,
-    keep_segment_open: bool = False,
+    keep_segment_open: Tensor | bool = False,
 ) -> WritePlan:
     """What each token of a call does.
 
@@ -100,7 +123,7 @@ def plan_writes(
         write: bool [batch, tokens], or one bool for all. A token that does not write only reads: for
             the segments it is as if it were not there, and it ends none.
         segment_ids: int64 [batch, tokens]; None: all tokens are one segment. Id -1 is not written.
-        keep_segment_open: the last segment goes on in the next call.
+        keep_segment_open: the last segment goes on in the next call; bool [batch], or one bool for all.
     """
     if write is False:
         return WritePlan(mask, read_only=True)
@@ -140,9 +163,11 @@ def plan_writes(
     ends = present & (position == final.gather(1, index)) & (counts.gather(1, index) > 0)
     # A row that nobody writes to in this call is left as it is, its open segment included.
     ends = ends & any_writes.unsqueeze(1)
-    stays_open = ~any_writes | (last_id >= 0) if keep_segment_open else ~any_writes
-    if keep_segment_open:
-        ends = ends & (index != last.unsqueeze(1))
+    stays_open = ~any_writes
+    if keep_segment_open is not False:
+        goes_on = torch.ones_like(any_writes) & keep_segment_open
+        stays_open = stays_open | (goes_on & (last_id >= 0))
+        ends = ends & ~(goes_on.unsqueeze(1) & (index == last.unsqueeze(1)))
     open_count = counts.gather(1, last.unsqueeze(1)).squeeze(1).long() * stays_open
     segments = SegmentPlan(
         closes, index, member, ends, open_before, counts, last, stays_open, open_count, last_id
@@ -288,6 +313,16 @@ class DeltaMemory(nn.Module):
             hidden, weight, self.gate_bias.float(), state, self.rule, plan.writes, plan.mask
         )
         return reads.flatten(2), state
+
+    def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
+        """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
+        start, size = 3 * self.config.width, self.rule.sections["beta"]
+        beta = z.narrow(-1, start, size)
+        if plan.segments is not None:
+            # The open sums are of what is written: z without its queries.
+            open_beta = open_sum.narrow(-1, start - self.config.width, size)
+            beta = _segment_means(beta, open_beta, plan.segments)[0]
+        return torch.sigmoid(beta + self.split_gate_bias()["beta"].float())
 
     def correct(self, head: str, reads: Tensor, output: Tensor, in_place: bool = False) -> Tensor:
         """`output` plus the correction of projection `head` by `reads`, in output's dtype.

@@ -35,7 +35,7 @@ from .backbones import (
 from .config import DeltaMemConfig
 from .errors import IncompatibleMemoryError, UnsupportedBackboneError
 from .files import version
-from .memory import DeltaMemory
+from .memory import DeltaMemory, MemoryTrace
 from .state import MemoryState, OpenSegment
 
 
@@ -256,7 +256,8 @@ class DeltaMemModel(nn.Module):
         memory: MemoryState | None = None,
         write: bool | Tensor = True,
         segment_ids: Tensor | None = None,
-        keep_segment_open: bool = False,
+        keep_segment_open: bool | Tensor = False,
+        trace: MemoryTrace | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward, with every token reading the memory and being written into it.
@@ -269,7 +270,9 @@ class DeltaMemModel(nn.Module):
             write: False reads without writing; bool [batch, tokens] says it token by token.
             segment_ids: int64 [batch, tokens] for segment writes: a segment ends where the id changes;
                 -1 is not written. None: one segment. No effect under token writes.
-            keep_segment_open: the last segment goes on in the next call (segment writes).
+            keep_segment_open: the last segment goes on in the next call (segment writes); bool [batch]
+                says it row by row.
+            trace: is filled with what the memories did: gates, sizes of corrections.
             kwargs: any of the backbone's: `labels`, `past_key_values`, `use_cache`, `position_ids`, …
 
         Returns:
@@ -295,7 +298,8 @@ class DeltaMemModel(nn.Module):
             _read_mask(attention_mask, shape, device),
             _read_write(write, shape, device),
             _read_segments(segment_ids, shape, device),
-            keep_segment_open,
+            _read_open(keep_segment_open, shape[0], device),
+            trace=trace,
         )
         try:
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call})
@@ -310,7 +314,9 @@ class DeltaMemModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        keep_segment_open: bool = False,
+        keep_segment_open: bool | Tensor = False,
+        write: bool | Tensor = True,
+        trace: MemoryTrace | None = None,
     ) -> MemoryState:
         """Lets the memory read a text: writes `input_ids` into it, in place, and keeps no KV cache.
 
@@ -318,28 +324,37 @@ class DeltaMemModel(nn.Module):
         Gradients are recorded in training mode only.
 
         Args:
-            memory, input_ids, attention_mask, segment_ids, keep_segment_open: as in `forward`.
+            memory, input_ids, attention_mask, segment_ids, keep_segment_open, write, trace: as in
+                `forward`.
 
         Returns:
             The memory itself.
         """
-        options: dict[str, Any] = {"use_cache": False, **self.last_logit_only()}
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and self._takes("position_ids"):
-            options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        options = {"use_cache": False, **self.last_logit_only(), **self.position_ids(attention_mask)}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             self(
                 input_ids,
                 attention_mask,
                 memory=memory,
+                write=write,
                 segment_ids=segment_ids,
                 keep_segment_open=keep_segment_open,
+                trace=trace,
                 **options,
             )
         return memory
 
-    def last_logit_only(self) -> dict[str, int]:
-        """Keywords for a forward that needs no logits but the last token's, where the backbone can."""
-        return {"logits_to_keep": 1} if self._takes("logits_to_keep") else {}
+    def last_logit_only(self, count: int = 1) -> dict[str, int]:
+        """Keywords for a forward that needs the last `count` tokens' logits only, where the backbone can."""
+        return {"logits_to_keep": count} if self._takes("logits_to_keep") else {}
+
+    def position_ids(self, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        """Keywords for a forward without a KV cache, so that padding counts for no position."""
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            return {}
+        if not self._takes("position_ids"):
+            return {}
+        return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
 
     def _takes(self, keyword: str) -> bool:
         return keyword in inspect.signature(causal_lm(self.backbone).forward).parameters
@@ -449,8 +464,9 @@ class DeltaMemModel(nn.Module):
         if given.numel() == 0:
             raise ValueError(f"input_ids is empty ({list(given.shape)}): there is nothing to read.")
         # On the CPU the embedding itself notices a wrong id. A GPU would not survive it, but asking costs a
-        # stop, so its one-token steps are not asked; generate asks its prompt.
-        if input_ids is not None and input_ids.device.type != "cpu" and input_ids.shape[1] > 1:
+        # stop, so its one-token steps are not asked, nor those of a training loop; generate asks its prompt.
+        on_cpu = input_ids is not None and input_ids.device.type == "cpu"
+        if input_ids is not None and not on_cpu and input_ids.shape[1] > 1 and not self.training:
             self._check_ids(input_ids)
         return given.shape[0], given.shape[1]
 
@@ -603,6 +619,14 @@ def _read_write(write: bool | Tensor, shape: tuple[int, int], device: torch.devi
     if tuple(write.shape) != tuple(shape):
         raise ValueError(f"write must be [batch, tokens] = {list(shape)}, got {list(write.shape)}.")
     return write.to(device)
+
+
+def _read_open(keep_open: bool | Tensor, batch: int, device: torch.device) -> bool | Tensor:
+    if isinstance(keep_open, bool):
+        return keep_open
+    if not isinstance(keep_open, Tensor) or keep_open.dtype != torch.bool or keep_open.shape != (batch,):
+        raise TypeError(f"keep_segment_open must be True, False or a bool tensor [batch] = [{batch}].")
+    return keep_open.to(device)
 
 
 def _read_segments(ids: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:

@@ -1,0 +1,539 @@
+"""Episodes: what a memory is trained on, from JSON Lines to batches.
+
+An episode is a history, which is written into the memory, then one or more questions, each with an answer
+that is read with the memory and without the history. A line of a data file is one of
+
+    {"messages": [{"role": "user", "content": "…"}, …]}
+    {"history": [{"role": …, "content": …}, …], "query": "…", "answer": "…"}
+    {"history": […], "questions": [{"query": "…", "answer": "…"}, …]}
+
+In the first, the last assistant message is the answer, the messages right before it are the query
+(`recent_messages`, 1) and all before those the history. A query is one user message's text or a list of
+messages. Other keys are left alone.
+
+    episodes = load_episodes(["train.jsonl"], tokenizer, write="token")
+    batch = EpisodeCollator(tokenizer.pad_token_id)([episodes[0], episodes[1]])
+
+`datasets` keeps the tokens in its cache, so that a file is tokenized once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+
+from .. import __version__, segments
+from ..config import Write
+from ..segments import encode_messages
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+Keep = Literal["newest", "oldest"]
+
+MAX_WRITE_TOKENS = 8192
+MAX_READ_TOKENS = 512
+
+
+class LineError(ValueError):
+    """A line that cannot be used, as "file:line: reason"."""
+
+
+# ---- what a line says ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something to ask of the memory.
+
+    Attributes:
+        query: messages, the last of which asks.
+        answer: what the assistant is to say then; not blank.
+    """
+
+    query: list[dict[str, Any]]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A training example.
+
+    Attributes:
+        history: the messages that are written into the memory; not empty.
+        questions: what is asked afterwards, each with the memory as the history left it; not empty.
+    """
+
+    history: list[dict[str, Any]]
+    questions: list[Question]
+
+
+def parse_episode(line: Mapping[str, Any], recent_messages: int = 1) -> Episode:
+    """The episode in one line of a data file.
+
+    Args:
+        line: the line's JSON object; see this module's docstring for its three shapes.
+        recent_messages: with "messages": how many of them before the answer are the query.
+
+    Raises:
+        ValueError: the line is not an episode. The message says what is wrong with which field.
+    """
+    if not isinstance(line, Mapping):
+        raise ValueError(f"not an object but {_kind(line)}")
+    if "messages" in line:
+        for name in ("history", "query", "answer", "questions"):
+            if name in line:
+                raise ValueError(f"has both messages and {name}")
+        return _split(_messages(line["messages"], "messages"), recent_messages)
+    if "history" not in line:
+        raise ValueError("has neither messages nor history")
+    if line["history"] == []:
+        raise ValueError("no history to write")
+    history = _messages(line["history"], "history")
+    if "questions" not in line:
+        return Episode(history, [_question(line, "")])
+    for name in ("query", "answer"):
+        if name in line:
+            raise ValueError(f"has both questions and {name}")
+    asked = line["questions"]
+    if not isinstance(asked, list):
+        raise ValueError(f"questions: not a list but {_kind(asked)}")
+    if not asked:
+        raise ValueError("questions: empty")
+    return Episode(history, [_question(question, f"questions[{i}]") for i, question in enumerate(asked)])
+
+
+def _split(messages: list[dict[str, Any]], recent_messages: int) -> Episode:
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not places:
+        raise ValueError("messages: no assistant message, so no answer")
+    last = places[-1]
+    if not (messages[last]["content"] or "").strip():
+        raise ValueError(f"messages[{last}]: the answer is empty")
+    first = last - recent_messages
+    if first < 0:
+        raise ValueError("messages: no query before the answer")
+    if first == 0:
+        raise ValueError("no history to write")
+    return Episode(messages[:first], [Question(messages[first:last], messages[last]["content"].strip())])
+
+
+def _question(value: Any, where: str) -> Question:
+    """The query and the answer in `value`, which is at `where` in the line."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: not an object but {_kind(value)}")
+    dot = f"{where}." if where else ""
+    for name in ("query", "answer"):
+        if name not in value:
+            raise ValueError(f"{dot}{name}: missing")
+    query, answer = value["query"], value["answer"]
+    if isinstance(query, str):
+        if not query.strip():
+            raise ValueError(f"{dot}query: empty")
+        query = [{"role": "user", "content": query}]
+    if not isinstance(answer, str):
+        raise ValueError(f"{dot}answer: not a text but {_kind(answer)}")
+    if not answer.strip():
+        raise ValueError(f"{dot}answer: empty")
+    return Question(_messages(query, f"{dot}query"), answer.strip())
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: not a list of messages but {_kind(value)}")
+    if not value:
+        raise ValueError(f"{where}: empty")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}[{i}]: not a message but {_kind(message)}")
+        for name in ("role", "content"):
+            if name not in message:
+                raise ValueError(f"{where}[{i}]: no {name}")
+        if not isinstance(message["role"], str) or not message["role"]:
+            raise ValueError(f"{where}[{i}].role: not a name but {_kind(message['role'])}")
+        # A message that only calls a tool says nothing.
+        silent = message["content"] is None and message.get("tool_calls")
+        if not isinstance(message["content"], str) and not silent:
+            raise ValueError(f"{where}[{i}].content: not a text but {_kind(message['content'])}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls it."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    names = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__) if value != "" else "an empty text"
+
+
+# ---- as tokens -------------------------------------------------------------------------------------
+
+
+def encode_episode(
+    tokenizer: Any,
+    episode: Episode,
+    write: Write,
+    max_write_tokens: int = MAX_WRITE_TOKENS,
+    max_read_tokens: int = MAX_READ_TOKENS,
+    keep: Keep = "newest",
+    with_context: bool = False,
+) -> dict[str, list]:
+    """The tokens of an episode, as the tokenizer's chat template renders it.
+
+    The history, and each query with the header of the answer to come, are rendered as chats of their own. The
+    answer is what the template puts after that header, its end-of-turn token included.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        episode: what to encode.
+        write: how the memory writes, which decides what a segment is.
+        max_write_tokens: limit of the history, at least 1.
+        max_read_tokens: limit of a query and its answer together. The query loses its oldest tokens first,
+            down to the header of the answer; then the answer loses its end.
+        keep: which tokens of a history beyond the limit are kept.
+        with_context: with `context_ids`, for objectives that show the history as well.
+
+    Returns:
+        `write_ids`, `write_segments` [tokens]: the history, and the segment of each of its tokens (-1:
+        template glue and system prompts); `query_ids`, `answer_ids` [[tokens], …]: one list per question;
+        and `context_ids` [[tokens], …]: history and query rendered as one chat, of which the newest
+        `max_write_tokens + max_read_tokens` tokens are kept.
+
+    Raises:
+        ValueError: no chat template, a limit that leaves no room, nothing in the history that can be written,
+            or a message that the template leaves out.
+        TypeError, jinja2.TemplateError: the chat template refuses the messages.
+    """
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep must be one of {', '.join(get_args(Keep))}, not {keep!r}.")
+    if max_write_tokens < 1:
+        raise ValueError(f"max_write_tokens must be at least 1, got {max_write_tokens}.")
+    history = encode_messages(tokenizer, episode.history, write)
+    kept = slice(-max_write_tokens, None) if keep == "newest" else slice(max_write_tokens)
+    written = history.segment_ids[kept].tolist()
+    if max(written, default=-1) < 0:
+        raise ValueError("no history to write")
+    pairs = [_encode_question(tokenizer, question, max_read_tokens) for question in episode.questions]
+    encoded = {
+        "write_ids": history.input_ids[kept].tolist(),
+        "write_segments": written,
+        "query_ids": [query for query, _ in pairs],
+        "answer_ids": [answer for _, answer in pairs],
+    }
+    if with_context:
+        limit = max_write_tokens + max_read_tokens
+        encoded["context_ids"] = [
+            _tokens(tokenizer, _render(tokenizer, [*episode.history, *question.query]))[-limit:]
+            for question in episode.questions
+        ]
+    return encoded
+
+
+def _encode_question(tokenizer: Any, question: Question, limit: int) -> tuple[list[int], list[int]]:
+    """(query tokens, answer tokens), together at most `limit`."""
+    prompt = _render(tokenizer, question.query)
+    query = _tokens(tokenizer, prompt)
+    message = {"role": "assistant", "content": question.answer}
+    ids, _, owners = (column.tolist() for column in encode_messages(tokenizer, [*question.query, message]))
+    content = [i for i, owner in enumerate(owners) if owner == len(question.query)]
+    # Where the template does not go on from its own header (it drops the thinking that the header asks for),
+    # the answer is the content alone.
+    first = len(query) if ids[: len(query)] == query else content[0]
+    special = {*tokenizer.all_special_ids, *_special_ids(tokenizer)}
+    end = next((i + 1 for i in range(content[-1] + 1, len(ids)) if ids[i] in special), len(ids))
+    answer = ids[first:end]
+    if len(query) + len(answer) > limit:
+        header = _header(tokenizer, question.query, prompt)
+        if header >= limit:
+            raise ValueError(f"a limit of {limit} tokens leaves no room for an answer")
+        query = query[-max(header, limit - len(answer), 1) :]
+        answer = answer[: limit - len(query)]
+    return query, answer
+
+
+def _header(tokenizer: Any, query: list[dict[str, Any]], prompt: str) -> int:
+    """Tokens at the end of `prompt` that say that the answer comes."""
+    asked = _render(tokenizer, query, add_generation_prompt=False)
+    return len(_tokens(tokenizer, prompt[len(asked) :])) if prompt.startswith(asked) else 0
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _special_ids(tokenizer: Any) -> Iterator[int]:
+    """Also those special tokens that the tokenizer has no name for, as many ends of turns are."""
+    return (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+def load_episodes(
+    files: Sequence[str | os.PathLike],
+    tokenizer: Any,
+    write: Write = "token",
+    max_write_tokens: int = MAX_WRITE_TOKENS,
+    max_read_tokens: int = MAX_READ_TOKENS,
+    keep: Keep = "newest",
+    with_context: bool = False,
+    recent_messages: int = 1,
+    strict: bool = False,
+    streaming: bool = False,
+    on_skip: Callable[[str], None] = logger.warning,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The episodes of JSON Lines files (`.jsonl`, or `.jsonl.gz`), as `encode_episode` encodes them.
+
+    The tokens are kept in the cache of `datasets`; the same files with the same tokenizer and options are not
+    tokenized again, wherever the files have moved.
+
+    Args:
+        files: paths, read in this order.
+        tokenizer, write, max_write_tokens, max_read_tokens, keep, with_context: as in `encode_episode`.
+        recent_messages: as in `parse_episode`.
+        strict: stop at the first line that cannot be used; otherwise such lines are left out.
+        streaming: read and tokenize while training, and keep nothing: for files larger than the disk.
+        on_skip: told of every line left out, as "file:line: reason", also when they come from the cache.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        OSError: a file that cannot be read.
+        LineError: with `strict`, for the first line that cannot be used; otherwise if none can. While
+            streaming, lines are read, and their errors raised, when they are asked for.
+        ValueError: no file, or a file without a line.
+    """
+    datasets = _import_datasets()
+    if not files:
+        raise ValueError("no data file given.")
+    if recent_messages < 1:
+        raise ValueError(f"recent_messages must be at least 1, got {recent_messages}.")
+    files = [os.fspath(file) for file in files]
+    limits = {"max_write_tokens": max_write_tokens, "max_read_tokens": max_read_tokens, "keep": keep}
+    options = {"write": write, **limits, "with_context": with_context}
+    encode = partial(_encode_line, tokenizer, recent_messages, options)
+    features = _features(datasets, with_context)
+    for file in files:
+        _check_readable(file)
+
+    if streaming:
+        rows = datasets.IterableDataset.from_generator(
+            _rows, features, {"files": files, "encode": encode, "strict": strict}
+        )
+        usable = rows.filter(partial(_is_usable, files, on_skip))
+        return usable.remove_columns(_ABOUT)
+
+    fingerprint = _fingerprint(files, tokenizer, {**options, "recent_messages": recent_messages})
+    try:
+        rows = datasets.Dataset.from_generator(
+            _rows,
+            features,
+            gen_kwargs={"files": files, "encode": encode, "strict": strict},
+            fingerprint=fingerprint,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+    about = rows.select_columns(_ABOUT)
+    usable = [i for i, row in enumerate(about) if row["problem"] is None]
+    if len(usable) < len(about):
+        reports = (_report(files, row) for row in about if row["problem"] is not None)
+        if strict or not usable:
+            first = next(reports)
+            raise LineError(first if strict else f"not one line can be used; the first is {first}")
+        for report in reports:
+            on_skip(report)
+        rows = rows.select(usable)
+    return rows.remove_columns(_ABOUT)
+
+
+# Beside its tokens, a row says where its line is and why it cannot be used: so a cache knows its bad lines.
+_ABOUT = ["file", "line", "problem"]
+
+
+def _features(datasets: Any, with_context: bool) -> Any:
+    row, rows = datasets.List(datasets.Value("int32")), datasets.List(datasets.List(datasets.Value("int32")))
+    features = {"write_ids": row, "write_segments": row, "query_ids": rows, "answer_ids": rows}
+    if with_context:
+        features["context_ids"] = rows
+    about = (datasets.Value("int64"), datasets.Value("int64"), datasets.Value("string"))
+    return datasets.Features({**features, **dict(zip(_ABOUT, about, strict=True))})
+
+
+def _rows(files: list[str], encode: Callable[[bytes], dict], strict: bool) -> Iterator[dict[str, Any]]:
+    """One row per line that is not blank."""
+    for index, file in enumerate(files):
+        number = 0
+        for number, line in enumerate(_lines(file), 1):
+            if not line.strip():
+                continue
+            row = {**encode(line), "file": index, "line": number}
+            if strict and row["problem"] is not None:
+                raise LineError(_report(files, row))
+            yield row
+
+
+def _lines(file: str) -> Iterator[bytes]:
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+            yield from lines
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file}: cannot be unpacked ({error}).") from None
+
+
+def _check_readable(file: str) -> None:
+    """Raises OSError if it is not, and ValueError if there is nothing in it."""
+    if not any(line.strip() for line in _lines(file)):
+        raise ValueError(f"{file}: empty.")
+
+
+def _encode_line(tokenizer: Any, recent_messages: int, options: dict, line: bytes) -> dict[str, Any]:
+    """A row without its place: tokens, or a problem."""
+    empty = {"write_ids": [], "write_segments": [], "query_ids": [], "answer_ids": []}
+    if options["with_context"]:
+        empty["context_ids"] = []
+    try:
+        episode = parse_episode(_read_json(line), recent_messages)
+    except ValueError as error:
+        return {**empty, "problem": str(error)}
+    try:
+        return {**encode_episode(tokenizer, episode, **options), "problem": None}
+    except TemplateError as error:
+        return {**empty, "problem": f"the chat template refuses it ({error})"}
+    except (TypeError, ValueError) as error:
+        # A TypeError is the template's, which adds texts and lists, or the tokenizer's, which knows no halves
+        # of surrogate pairs.
+        return {**empty, "problem": str(error)}
+
+
+def _read_json(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig").strip())
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (nested too deeply)") from None
+
+
+def _is_usable(files: list[str], on_skip: Callable[[str], None], row: dict[str, Any]) -> bool:
+    if row["problem"] is not None:
+        on_skip(_report(files, row))
+    return row["problem"] is None
+
+
+def _report(files: list[str], row: dict[str, Any]) -> str:
+    return f"{files[row['file']]}:{row['line']}: {' '.join(row['problem'].split())}"
+
+
+def _fingerprint(files: list[str], tokenizer: Any, options: dict[str, Any]) -> str:
+    """Changes with all that the tokens depend on: contents of files, tokenizer, options, and this code."""
+    digest = hashlib.sha256(f"{__version__} {json.dumps(options, sort_keys=True)}".encode())
+    for code in (__file__, segments.__file__):
+        digest.update(Path(code).read_bytes())
+    digest.update(_tokenizer_settings(tokenizer).encode())
+    for file in files:
+        contents = hashlib.sha256()
+        with open(file, "rb") as data:
+            while block := data.read(1 << 20):
+                contents.update(block)
+        digest.update(contents.digest())
+    return digest.hexdigest()[:32]
+
+
+def _tokenizer_settings(tokenizer: Any) -> str:
+    settings: dict[str, Any] = {"vocabulary": None}
+    if tokenizer.is_fast:
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call asked for, not what the tokenizer is.
+        settings["truncation"] = settings["padding"] = None
+    else:
+        settings = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    named = {"template": tokenizer.chat_template, "special": tokenizer.special_tokens_map}
+    return json.dumps([settings, named], sort_keys=True, default=str)
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError('training data needs datasets: pip install "delta-mem[train]"') from None
+    return datasets
+
+
+# ---- batches ---------------------------------------------------------------------------------------
+
+
+class EpisodeCollator:
+    """Makes a batch of encoded episodes: int64 tensors, padded on the right.
+
+    Args:
+        pad_token_id: what padding is filled with; masked, so that any id will do.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, episodes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of these episodes (B of them, with N questions in all).
+
+        Args:
+            episodes: as `encode_episode` returns them.
+
+        Returns:
+            `write_ids`, `write_mask`, `write_segments` [B, tokens]: the histories; padding has segment -1.
+            `read_ids`, `read_mask`, `labels` [N, tokens]: query and answer; labels -100 but on the answer.
+            `read_rows` [N]: the episode that a question belongs to.
+            `context_ids`, `context_mask`, `context_labels` [N, tokens]: the same answers after history and
+            query, if the episodes have `context_ids`.
+        """
+        histories = [list(episode["write_ids"]) for episode in episodes]
+        answers = [answer for episode in episodes for answer in episode["answer_ids"]]
+        batch = {
+            "write_ids": _pad(histories, self.pad_token_id),
+            "write_mask": _pad([[1] * len(history) for history in histories], 0),
+            "write_segments": _pad([list(episode["write_segments"]) for episode in episodes], -1),
+        }
+        prompts = [query for episode in episodes for query in episode["query_ids"]]
+        batch |= zip(("read_ids", "read_mask", "labels"), self._answered(prompts, answers), strict=True)
+        rows = [row for row, episode in enumerate(episodes) for _ in episode["query_ids"]]
+        batch["read_rows"] = torch.tensor(rows, dtype=torch.int64)
+        if "context_ids" in episodes[0]:
+            prompts = [context for episode in episodes for context in episode["context_ids"]]
+            names = ("context_ids", "context_mask", "context_labels")
+            batch |= zip(names, self._answered(prompts, answers), strict=True)
+        return batch
+
+    def _answered(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, mask, labels) of each prompt with its answer."""
+        pairs = [(list(prompt), list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        return (
+            _pad([prompt + answer for prompt, answer in pairs], self.pad_token_id),
+            _pad([[1] * (len(prompt) + len(answer)) for prompt, answer in pairs], 0),
+            _pad([[-100] * len(prompt) + answer for prompt, answer in pairs], -100),
+        )
+
+
+def _pad(rows: list[list[int]], value: int) -> Tensor:
+    """int64 [rows, tokens of the longest], filled up with `value`."""
+    length = max(map(len, rows))
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)

@@ -1,0 +1,288 @@
+"""What an adapter is trained for: to answer from memory what was in a history that is gone.
+
+An episode is a history and questions about it. The history is written, without keeping a KV cache; then
+each question and its answer are read with writing off, and the answer is scored. The loss of an episode is
+
+    (1 - w_d) CE + w_d KL + w_s * mean over layers of (mean write gate - target)^2
+
+with CE the cross-entropy of the answers' tokens, and KL the divergence from what the frozen backbone would
+have said with the history in its context. Every term is a sum over episodes of (value x its answers'
+tokens), divided by the tokens of all of them. So the loss of a batch is the same however it is split over
+processes and accumulation steps.
+
+A long history is written in chunks. A token attends within its chunk; the state carries the rest. Chunks
+that get gradients are checkpointed as a whole, but the last: their activations are not kept but
+computed again, so that a history takes the memory of one chunk and the states between chunks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..memory import MemoryTrace
+from ..model import DeltaMemModel
+from ..state import MemoryState
+
+
+@dataclass(frozen=True)
+class EpisodeObjective:
+    """The loss of a batch of episodes (paper, section 4).
+
+    Attributes:
+        sparsity_weight: weight of the pull of the mean write gate towards `sparsity_target`.
+        sparsity_target: between 0 and 1.
+        distill_weight: share of the divergence from the frozen backbone with the history in its context;
+            the rest is cross-entropy. Needs batches with context, as the next two do.
+        show_history: probability, batch by batch, that the questions are read with the history in the context
+            too, so that the memory learns not to harm it. In training mode only.
+        clear_memory: probability, row by row, that the memory is cleared before a question that shows the
+            history, so that the context is not forgotten over the memory.
+        write_chunk: tokens of the history that are written at a time; None: all at once.
+        gradient_chunks: chunks that get gradients, counted from the end of the batch's longest history;
+            None: all.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    sparsity_weight: float = 0.01
+    sparsity_target: float = 0.05
+    distill_weight: float = 0.0
+    show_history: float = 0.0
+    clear_memory: float = 0.0
+    write_chunk: int | None = None
+    gradient_chunks: int | None = None
+
+    def __post_init__(self):
+        if self.sparsity_weight < 0:
+            raise ValueError(f"sparsity_weight must not be negative, got {self.sparsity_weight}.")
+        for name in ("sparsity_target", "distill_weight", "show_history", "clear_memory"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        for name in ("write_chunk", "gradient_chunks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.clear_memory and not self.show_history:
+            raise ValueError("clear_memory without show_history has no effect: nothing could be answered.")
+        if self.gradient_chunks and not self.write_chunk:
+            raise ValueError("gradient_chunks needs write_chunk.")
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether batches must come with `context_ids`."""
+        return self.distill_weight > 0 or self.show_history > 0
+
+    def __call__(
+        self,
+        model: DeltaMemModel,
+        batch: Mapping[str, Tensor],
+        num_items: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and what else there is to know about it.
+
+        Args:
+            model: gradients are recorded in training mode only.
+            batch: as `EpisodeCollator` makes it; see `by_episode`.
+            num_items: the number of answer tokens that the sums are divided by; None: the batch's own.
+            generator: for `show_history` and `clear_memory`, on the CPU; None: torch's own.
+
+        Returns:
+            The loss, a float32 scalar; and means over the batch, detached, by the names of `by_episode`.
+        """
+        sums = self.by_episode(model, batch, generator)
+        tokens = sums["tokens"].sum().clamp(min=1)
+        loss = sums["loss"].sum() / (tokens if num_items is None else num_items)
+        metrics = {name: value.detach().sum() / tokens for name, value in sums.items() if name != "tokens"}
+        return loss, metrics
+
+    def by_episode(
+        self,
+        model: DeltaMemModel,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+        first_row: int = 0,
+    ) -> dict[str, Tensor]:
+        """The terms of the loss for every episode, multiplied by the number of its answers' tokens.
+
+        Args:
+            model, generator: as in `__call__`.
+            batch: on the model's device, padded on the right:
+                write_ids, write_mask, write_segments [B, T]: the histories; segments as for the model.
+                read_ids, read_mask, labels [N, L]: all questions with answers; labels are -100 but on the
+                    answers' tokens.
+                read_rows [N]: the episode that each question is about.
+                context_ids, context_mask, context_labels [N, C]: the same with the history before them; only
+                    if `needs_context`.
+                answer_tokens: int, columns from the first label to the end of its row, at most. If it
+                    is not there, the labels are asked, which makes the host wait for the device.
+            first_row: the place of the batch's first row in the batch of all processes, so that the
+                processes' random draws are those that one process would make.
+
+        Returns:
+            Float32 [B] each: "tokens", the number of answer tokens; and, times that number, "loss",
+            "answer_loss" (cross-entropy), "answer_accuracy", "distill_loss" (if it has a weight), "gate"
+            (mean over layers and written tokens), "sparsity_loss", "state_norm" (Frobenius, mean over
+            layers) and "correction" (relative size while reading, mean over layers and heads).
+
+        Raises:
+            ValueError: the batch has no context and needs it.
+        """
+        if self.needs_context and "context_ids" not in batch:
+            raise ValueError("distill_weight and show_history need episodes encoded with with_context=True.")
+        rows, device = len(batch["write_ids"]), batch["labels"].device
+        show = model.training and torch.rand((), generator=generator).item() < self.show_history
+        memory, gates = self.write_history(model, batch)
+        norms = [state.detach().flatten(1).norm(dim=1) for state in memory.layers.values()]
+        if show:
+            drawn = torch.rand(first_row + rows, generator=generator)[first_row:]
+            memory = _cleared(memory, drawn < self.clear_memory)
+
+        answers = batch.get("answer_tokens") or answer_tokens(batch["read_mask"], batch["labels"])
+        trace = MemoryTrace()
+        options = dict(memory=memory.select(batch["read_rows"]), write=False, trace=trace)
+        logits, labels = _answer_logits(model, batch, "context" if show else "read", answers, **options)
+        corrections = [size for heads in trace.corrections.values() for size in heads.values()]
+
+        def total(values: Tensor) -> Tensor:
+            """[N, answers] -> [B]: the sum over the tokens of an episode's answers."""
+            sums = values.masked_fill(labels == -100, 0).sum(1)
+            return sums.new_zeros(rows).index_add(0, batch["read_rows"], sums)
+
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        tokens = total(torch.ones_like(losses))
+        sums = {
+            "tokens": tokens,
+            "answer_loss": total(losses),
+            "answer_accuracy": total((logits.argmax(-1) == labels).float()),
+            "gate": tokens * _mean(gates, device).detach(),
+            "sparsity_loss": tokens
+            * _mean([(gate - self.sparsity_target).square() for gate in gates], device),
+            "state_norm": tokens * _mean(norms, device),
+            "correction": tokens * _mean(corrections, device),
+        }
+        loss = sums["answer_loss"]
+        if self.distill_weight:
+            with torch.no_grad(), model.disable_adapter():
+                teacher, _ = _answer_logits(model, batch, "context", answers)
+            student, teacher = logits.log_softmax(-1), teacher.log_softmax(-1)
+            divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+            sums["distill_loss"] = total(divergence)
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * sums["distill_loss"]
+        return {"loss": loss + self.sparsity_weight * sums["sparsity_loss"], **sums}
+
+    def write_history(
+        self, model: DeltaMemModel, batch: Mapping[str, Tensor]
+    ) -> tuple[MemoryState, list[Tensor]]:
+        """The memory after the histories, and for each layer the mean write gate of each row, [B]."""
+        ids, mask = batch["write_ids"], batch["write_mask"].bool()
+        segments = batch["write_segments"]
+        if ids.shape[1] == 0:  # one padding token: all weights stay part of the graph
+            ids, mask, segments = (
+                F.pad(x, (0, 1), value=v) for x, v in ((ids, 0), (mask, False), (segments, -1))
+            )
+        token_writes = model.delta_config.write == "token"
+        writes = mask & (segments >= 0) if token_writes else mask
+        # A segment that goes on behind a chunk's end stays open until it ends.
+        goes_on = mask[:, :-1] & mask[:, 1:] & (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] >= 0)
+        goes_on = F.pad(goes_on, (0, 1))
+
+        total = ids.shape[1]
+        size = self.write_chunk or total
+        starts = range(0, total, size)
+        first_with_gradient = 0 if self.gradient_chunks is None else len(starts) - self.gradient_chunks
+        memory = model._blank_memory(len(ids))
+        sums, counts = [], []
+        for index, start in enumerate(starts):
+            end = min(start + size, total)
+            chunk = [x[:, start:end] for x in (ids, writes, segments)]
+            arguments = (model, memory, *chunk, False if token_writes else goes_on[:, end - 1])
+            gradient = torch.is_grad_enabled() and model.training and index >= first_with_gradient
+            if gradient and index < len(starts) - 1:
+                memory, gates, count = checkpoint(_write_chunk, *arguments, use_reentrant=False)
+            else:
+                with torch.set_grad_enabled(gradient):
+                    memory, gates, count = _write_chunk(*arguments)
+            sums.append(gates)
+            counts.append(count)
+        count = torch.stack(counts).sum(0).clamp(min=1)
+        return memory, [
+            torch.stack(layer).sum(0) / count.to(layer[0].device) for layer in zip(*sums, strict=True)
+        ]
+
+
+def _write_chunk(
+    model: DeltaMemModel,
+    memory: MemoryState,
+    ids: Tensor,
+    writes: Tensor,
+    segments: Tensor,
+    goes_on: Tensor | bool,
+) -> tuple[MemoryState, list[Tensor], Tensor]:
+    """The memory after a chunk; the sum of each layer's write gates, row by row; and how many were written.
+
+    The memory that comes in is left as it is: checkpointing calls this twice.
+    """
+    memory = copy.copy(memory)
+    trace = MemoryTrace(measure_corrections=False)
+    # No attention mask: padding comes last, where nobody attends to it, and it writes nothing. So attention
+    # may take its fast causal path, and a row that has ended is not attention over nothing, which may be NaN.
+    model.write(memory, ids, None, segments, goes_on, writes, trace)
+    sums = [
+        gates.mean(-1).masked_fill(~trace.written.to(gates.device), 0).sum(1)
+        for gates in trace.gates.values()
+    ]
+    return memory, sums, trace.written.sum(1)
+
+
+def _answer_logits(
+    model: DeltaMemModel, batch: Mapping[str, Tensor], kind: str, answers: int, **options
+) -> tuple[Tensor, Tensor]:
+    """Float32 logits [N, answers, vocabulary] for the labels [N, answers] that stand beside them.
+
+    Rows are turned so that their padding comes first and all answers end in the last column: then
+    the logits of the last columns are all that is asked of the backbone.
+    """
+    ids, mask = batch[f"{kind}_ids"], batch[f"{kind}_mask"].long()
+    labels = batch["labels" if kind == "read" else "context_labels"]
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    turned = (columns + mask.sum(1, keepdim=True)) % ids.shape[1]
+    ids, mask, labels = (x.gather(1, turned) for x in (ids, mask, labels))
+    output = model(
+        ids,
+        mask,
+        use_cache=False,
+        **model.position_ids(mask),
+        **model.last_logit_only(answers + 1),
+        **options,
+    )
+    return output.logits[:, -answers - 1 : -1].to(labels.device).float(), labels[:, -answers:]
+
+
+def answer_tokens(mask: Tensor, labels: Tensor) -> int:
+    """The longest way from a row's first label to its end, in tokens."""
+    before = (labels != -100).long().cumsum(1) == 0
+    return int((mask.bool() & ~before).sum(1).max())
+
+
+def _cleared(memory: MemoryState, rows: Tensor) -> MemoryState:
+    """`memory` with zeros in the rows given (bool [batch], on the CPU)."""
+    memory = copy.copy(memory)
+    memory.layers = {
+        index: state.masked_fill(rows.to(state.device)[:, None, None, None], 0)
+        for index, state in memory.layers.items()
+    }
+    return memory
+
+
+def _mean(values: list[Tensor], device: torch.device) -> Tensor:
+    """The mean over layers, which may be spread over devices."""
+    return torch.stack([value.to(device) for value in values]).mean(0)
