@@ -1,0 +1,635 @@
+"""`delta-mem train`: an adapter for a frozen backbone, from episodes in JSON Lines files.
+
+Settings come from the command line, then from the recipe (`--config`), then from the paper. A recipe is YAML
+with the options' names as keys; what has no option goes under `adapter:` (`DeltaMemConfig`) and
+`trainer:` (`MemoryTrainingArguments`). The run's own recipe is kept in its output folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import DeltaMemConfig
+from .common import Dtype, complain, err, load_backbone, out, plural, user_errors
+
+if TYPE_CHECKING:
+    from ..model import DeltaMemModel
+    from ..training import MemoryTrainer, MemoryTrainingArguments
+
+RECIPE_FILE = "recipe.yaml"
+INTERRUPTED = 130
+SHOWN_PROBLEMS = 20  # of lines that cannot be used; the rest are counted
+SHUFFLE_BUFFER = 256  # episodes held to draw from while streaming
+
+
+class Write(str, Enum):
+    token = "token"
+    message = "message"
+    sentence = "sentence"
+
+
+class Keep(str, Enum):
+    newest = "newest"
+    oldest = "oldest"
+
+
+# Options and the fields that they set; the fields are then refused under `adapter:` and `trainer:`.
+ADAPTER_FIELDS = {
+    "rank": "rank",
+    "alpha": "alpha",
+    "states": "num_states",
+    "heads": "heads",
+    "write": "write",
+    "layers": "layers",
+}
+TRAINER_FIELDS = {
+    "output": "output_dir",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "seed": "seed",
+    "save_every": "save_steps",
+    "report_to": "report_to",
+    "sparsity_weight": "sparsity_weight",
+    "sparsity_target": "sparsity_target",
+    "distill_weight": "distill_weight",
+    "show_history": "show_history",
+    "clear_memory": "clear_memory",
+    "write_chunk": "write_chunk",
+    "gradient_chunks": "gradient_chunks",
+}
+# What a recipe may hold beside options.
+SECTIONS = ("adapter", "trainer")
+# The paper's where it says something. `trainer:` may set them otherwise.
+TRAINER_DEFAULTS = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # a share of all steps
+    "logging_steps": 10,
+    "logging_first_step": True,
+}
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Puts a recipe's settings where the options look for values that the command line does not give."""
+    if path is not None and not context.resilient_parsing:
+        with user_errors():
+            context.default_map = read_recipe(path, context)
+    return path
+
+
+def _option(*names: str, help: str, metavar: str | None = None, **settings: Any) -> Any:
+    settings.setdefault("show_default", False)
+    return typer.Option(*names, help=help, metavar=metavar, **settings)
+
+
+def _field_help(name: str) -> str:
+    (field,) = (field for field in dataclasses.fields(DeltaMemConfig) if field.name == name)
+    return field.metadata["help"]
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str, _option("--model", "-m", metavar="NAME", help="The backbone: a folder, or a hub id.")
+    ],
+    data: Annotated[
+        list[Path], _option("--data", "-d", metavar="FILE", help="Episodes, .jsonl or .jsonl.gz; repeatable.")
+    ],
+    output: Annotated[
+        Path, _option("--output", "-o", metavar="DIR", help="A new folder, for checkpoints and the adapter.")
+    ],
+    config: Annotated[
+        Path | None,
+        _option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="A recipe: YAML with these options' names as keys. The command line wins over it.",
+            is_eager=True,
+            callback=_read_config,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, _option("--resume", help="Go on from the last checkpoint in --output, with the same settings.")
+    ] = False,
+    eval_data: Annotated[
+        list[Path] | None,
+        _option(
+            "--eval-data",
+            metavar="FILE",
+            help="Held-out episodes, scored at every checkpoint and at the end; repeatable.",
+        ),
+    ] = None,
+    # The adapter.
+    init_from: Annotated[
+        str | None,
+        _option(
+            "--init-from",
+            metavar="NAME",
+            help="Train this adapter on, with its settings: a folder, or a hub id.",
+        ),
+    ] = None,
+    rank: Annotated[int, _option(help=_field_help("rank"), metavar="R", min=1, show_default=True)] = 8,
+    alpha: Annotated[float, _option(help=_field_help("alpha"), metavar="A", show_default=True)] = 16.0,
+    states: Annotated[
+        int, _option(help=_field_help("num_states"), metavar="H", min=1, show_default=True)
+    ] = 1,
+    heads: Annotated[str, _option(help=_field_help("heads"), metavar="LIST", show_default=True)] = "q,o",
+    write: Annotated[
+        Write,
+        _option(
+            help="What is written: token (TSW), message or sentence (SSW).", metavar="WHAT", show_default=True
+        ),
+    ] = Write.token,
+    layers: Annotated[
+        str | None,
+        _option(
+            help="Layers with a memory, such as 4,8,12.",
+            metavar="LIST",
+            show_default="every softmax-attention layer",
+        ),
+    ] = None,
+    # Episodes.
+    write_tokens: Annotated[
+        int, _option(help="Longest history, in tokens.", metavar="N", min=1, show_default=True)
+    ] = 8192,
+    read_tokens: Annotated[
+        int,
+        _option(help="Longest query and answer together, in tokens.", metavar="N", min=1, show_default=True),
+    ] = 512,
+    keep: Annotated[
+        Keep,
+        _option(
+            help="Tokens kept of a longer history: newest or oldest.", metavar="WHICH", show_default=True
+        ),
+    ] = Keep.newest,
+    recent_messages: Annotated[
+        int,
+        _option(
+            help='With "messages" lines: how many messages before the answer are the query.',
+            metavar="N",
+            min=1,
+            show_default=True,
+        ),
+    ] = 1,
+    strict: Annotated[
+        bool, _option("--strict", help="Stop at the first line that cannot be used; otherwise it is skipped.")
+    ] = False,
+    streaming: Annotated[
+        bool,
+        _option("--streaming", help="Read and tokenize while training, without a cache; needs --steps."),
+    ] = False,
+    # The objective.
+    sparsity_weight: Annotated[
+        float,
+        _option(help="Weight of the pull on the mean write gate.", metavar="W", min=0, show_default=True),
+    ] = 0.01,
+    sparsity_target: Annotated[
+        float, _option(help="Mean write gate that it pulls to.", metavar="G", min=0, max=1, show_default=True)
+    ] = 0.05,
+    distill_weight: Annotated[
+        float,
+        _option(
+            help="Share of the divergence from the backbone that sees the history; the rest: cross-entropy.",
+            metavar="W",
+            min=0,
+            max=1,
+            show_default=True,
+        ),
+    ] = 0.0,
+    show_history: Annotated[
+        float,
+        _option(
+            help="Probability that a batch's questions are read with the history in the context too.",
+            metavar="P",
+            min=0,
+            max=1,
+            show_default=True,
+        ),
+    ] = 0.0,
+    clear_memory: Annotated[
+        float,
+        _option(
+            help="Probability that the memory is cleared where the history is shown.",
+            metavar="P",
+            min=0,
+            max=1,
+            show_default=True,
+        ),
+    ] = 0.0,
+    write_chunk: Annotated[
+        int | None,
+        _option(
+            help="Write a history N tokens at a time, for long ones.",
+            metavar="N",
+            min=1,
+            show_default="all at once",
+        ),
+    ] = None,
+    gradient_chunks: Annotated[
+        int | None,
+        _option(
+            help="Back-propagate through the last N chunks only.", metavar="N", min=1, show_default="all"
+        ),
+    ] = None,
+    # The run.
+    epochs: Annotated[
+        float, _option(help="Passes over the data.", metavar="N", min=0, show_default=True)
+    ] = 1.0,
+    steps: Annotated[
+        int | None, _option(help="Stop after so many steps, whatever --epochs says.", metavar="N", min=1)
+    ] = None,
+    lr: Annotated[
+        float, _option(help="Peak learning rate.", metavar="RATE", min=0, show_default=True)
+    ] = 2e-4,
+    batch_size: Annotated[
+        int, _option(help="Episodes per process and forward pass.", metavar="N", min=1, show_default=True)
+    ] = 1,
+    accumulate: Annotated[
+        int, _option(help="Forward passes per step.", metavar="N", min=1, show_default=True)
+    ] = 4,
+    dtype: Annotated[
+        Dtype,
+        _option(
+            metavar="NAME",
+            help="The backbone's: float32, bfloat16, float16; auto: as it was saved.",
+            show_default=True,
+        ),
+    ] = Dtype.auto,
+    gradient_checkpointing: Annotated[
+        bool,
+        _option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Compute activations again instead of keeping them: slower, for much less memory.",
+        ),
+    ] = False,
+    seed: Annotated[
+        int,
+        _option(
+            help="Of the new adapter, the order of episodes and all else.", metavar="N", show_default=True
+        ),
+    ] = 42,
+    save_every: Annotated[
+        int, _option(help="Steps between checkpoints.", metavar="N", min=1, show_default=True)
+    ] = 500,
+    report_to: Annotated[
+        list[str] | None, _option(help="tensorboard, wandb, …; repeatable.", metavar="NAME")
+    ] = None,
+) -> None:
+    """Train an adapter: a history is written into the memory, then questions are answered without it.
+
+    Defaults are the paper's. Ctrl-C finishes the step, saves a checkpoint and says how to go on. On several
+    GPUs: torchrun --nproc-per-node 8 --no-python delta-mem train …
+
+    Example: delta-mem train -m Qwen/Qwen3-4B-Instruct-2507 -d train.jsonl -o my-adapter --write-tokens 2048
+    """
+    settings = {**context.params, **{section: context.meta.get(section, {}) for section in SECTIONS}}
+    with user_errors():
+        _check_installed()
+        for file in [*data, *(eval_data or [])]:
+            file.open("rb").close()  # a wrong path shows here, before the minutes that a large backbone takes
+        if init_from is None:
+            new = make_adapter_config(settings)
+        else:
+            new = None
+            _check_adapter_is_left_as_it_is(context, settings)
+        arguments = make_arguments(settings)
+        checkpoint = _check_output(output, resume)
+        loud = arguments.process_index == 0
+        loaded, tokenizer = _load(settings, new, arguments)
+        options = _episode_options(settings, loaded.delta_config.write, arguments)
+        episodes = _episodes(data, tokenizer, options, loud)
+        held_out = _episodes(eval_data, tokenizer, options, loud) if eval_data else None
+        if streaming:
+            episodes = episodes.shuffle(seed, buffer_size=SHUFFLE_BUFFER)
+        from .train_callbacks import ProgressBar, StopOnSignal
+
+        bar, stop = ProgressBar(), StopOnSignal()
+        trainer = _trainer(loaded, arguments, episodes, held_out, tokenizer, [stop, bar] if loud else [stop])
+        if loud:
+            write_recipe(output / RECIPE_FILE, settings)
+
+    if loud:
+        count = "" if streaming else f"{plural(len(episodes), 'episode')}, "
+        err.print(f"{count}{plural(loaded.get_nb_trainable_parameters()[0], 'parameter')} to train.")
+    with _training_errors(), bar, stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if not stop.stopped:
+            if held_out is not None and not _evaluated(trainer.state):
+                trainer.evaluate()
+            trainer.save_model(str(output))
+    if stop.stopped:
+        if loud:
+            _say_how_to_go_on(output, trainer.state.global_step)
+        raise typer.Exit(INTERRUPTED)
+    if loud:
+        out.print(f"Saved the adapter in {output}.", markup=False, soft_wrap=True)
+        talk = shlex.join(["delta-mem", "chat", "--model", model, "--adapter", str(output)])
+        err.print(f"Chat with it: {talk}", markup=False, soft_wrap=True)
+
+
+def _check_installed() -> None:
+    for package in ("accelerate", "datasets"):
+        if find_spec(package) is None:
+            raise ValueError(f'training needs {package}: pip install "delta-mem[train]"')
+
+
+def _check_output(output: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from. Without `resume` the folder must be free for a new run."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if resume:
+        if checkpoint is None:
+            raise ValueError(f"{output} holds no checkpoint to go on from; leave --resume out.")
+        return checkpoint
+    if output.is_dir() and any(entry.name != RECIPE_FILE for entry in output.iterdir()):
+        raise ValueError(
+            f"{output} is not empty; name another folder"
+            + (", or --resume to go on with the run in it." if checkpoint else ".")
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _load(
+    settings: Mapping[str, Any], new: DeltaMemConfig | None, arguments: MemoryTrainingArguments
+) -> tuple[DeltaMemModel, Any]:
+    """(backbone with its adapter, a `new` one or that of --init-from; tokenizer)."""
+    from transformers import set_seed
+
+    from .. import DeltaMemModel
+    from ..checkpoint import load_adapter
+
+    if new is None:
+        load_adapter(settings["init_from"])  # a wrong path shows here, too
+    # Whoever shards the backbone takes it from the CPU, where all of it fits.
+    sharded = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    device = "cpu" if sharded else str(arguments.device)
+    name = settings["model"]
+    if arguments.process_index == 0:
+        err.print(f"Loading {name} …", style="dim", markup=False, soft_wrap=True)
+    backbone, tokenizer = load_backbone(name, device, settings["dtype"])
+    if new is None:
+        return DeltaMemModel.from_pretrained(backbone, settings["init_from"]), tokenizer
+    set_seed(arguments.seed)
+    return DeltaMemModel(backbone, new), tokenizer
+
+
+def _episode_options(
+    settings: Mapping[str, Any], write: str, arguments: MemoryTrainingArguments
+) -> dict[str, Any]:
+    """Keywords of `load_episodes`. An adapter that is trained on writes as it did."""
+    return {
+        "write": write,
+        "max_write_tokens": settings["write_tokens"],
+        "max_read_tokens": settings["read_tokens"],
+        "keep": settings["keep"].value,
+        "with_context": arguments.objective().needs_context,
+        "recent_messages": settings["recent_messages"],
+        "strict": settings["strict"],
+        "streaming": settings["streaming"],
+    }
+
+
+def _episodes(files: list[Path], tokenizer: Any, options: dict[str, Any], loud: bool) -> Any:
+    """The files' episodes; what was skipped is told by one process."""
+    import datasets
+
+    from ..training import load_episodes
+
+    if not (loud and err.is_terminal):
+        datasets.disable_progress_bars()
+    skipped: list[str] = []
+
+    def on_skip(report: str) -> None:
+        skipped.append(report)
+        if loud and len(skipped) <= SHOWN_PROBLEMS:
+            err.print(f"warning: {report}; skipped", style="yellow", markup=False, soft_wrap=True)
+
+    episodes = load_episodes(files, tokenizer, **options, on_skip=on_skip)
+    if loud and skipped:
+        shown = f", of which {SHOWN_PROBLEMS} are shown" if len(skipped) > SHOWN_PROBLEMS else ""
+        err.print(f"Skipped {plural(len(skipped), 'line')}{shown}.", style="yellow")
+    return episodes
+
+
+def _trainer(
+    loaded: DeltaMemModel,
+    arguments: MemoryTrainingArguments,
+    episodes: Any,
+    held_out: Any,
+    tokenizer: Any,
+    callbacks: list[Any],
+) -> MemoryTrainer:
+    from transformers.trainer_callback import PrinterCallback
+
+    from ..training import EpisodeCollator, MemoryTrainer
+
+    # Padding is masked, so that any id will do.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    try:
+        trainer = MemoryTrainer(
+            loaded, arguments, EpisodeCollator(pad), episodes, held_out, tokenizer, callbacks=callbacks
+        )
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None  # a package that --report-to needs is not there
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextlib.contextmanager
+def _training_errors() -> Iterator[None]:
+    """What a user can cause while training ends the command with one line."""
+    from torch import OutOfMemoryError
+
+    from ..training.data import LineError
+
+    try:
+        yield
+    except LineError as error:
+        complain(error)
+        raise typer.Exit(1) from None
+    except OutOfMemoryError as error:
+        advice = "try --gradient-checkpointing, --write-chunk, or a lower --batch-size or --write-tokens"
+        complain(ValueError(f"{str(error).splitlines()[0]} ({advice})"))
+        raise typer.Exit(1) from None
+
+
+def _evaluated(state: Any) -> bool:
+    """Whether the last step has been scored."""
+    return any("eval_loss" in logs and logs["step"] == state.global_step for logs in state.log_history)
+
+
+def _say_how_to_go_on(output: Path, step: int) -> None:
+    again = shlex.join(["delta-mem", "train", "--config", str(output / RECIPE_FILE), "--resume"])
+    err.print(
+        f"Stopped after step {step}, saved as {output / f'checkpoint-{step}'}. Go on with: {again}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+# ---- settings --------------------------------------------------------------------------------------
+
+
+def read_recipe(path: Path, context: typer.Context) -> dict[str, Any]:
+    """A recipe's settings by parameter name, checked as the options of the command in `context` would be.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: not YAML, an unknown key, or a value of the wrong kind; file and key are named.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({error}).") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no settings; it takes lines such as 'rank: 8'.")
+    parameters = {p.name: p for p in context.command.params if p.name not in ("config", "resume", "help")}
+    recipe: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in SECTIONS:
+            context.meta[name] = _read_section(name, value, path)
+        elif name not in parameters:
+            known = ", ".join(sorted([*(p.replace("_", "-") for p in parameters), *SECTIONS]))
+            raise ValueError(f"{path}: {key}: unknown key; known: {known}.")
+        elif value is not None:
+            recipe[name] = _as_given(value, parameters[name], context, f"{path}: {key}")
+    return recipe
+
+
+def _read_section(section: str, values: Any, path: Path) -> dict[str, Any]:
+    """What stands under `adapter:` or `trainer:`."""
+    if section == "adapter":
+        fields, options = dataclasses.fields(DeltaMemConfig), ADAPTER_FIELDS
+    else:
+        from ..training import MemoryTrainingArguments
+
+        fields, options = dataclasses.fields(MemoryTrainingArguments), TRAINER_FIELDS
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: {section}: takes fields and their values.")
+    known = {field.name: str(field.type) for field in fields if field.init}
+    own = {field: option.replace("_", "-") for option, field in options.items()}
+    for name in values:
+        if name in own:
+            raise ValueError(f"{path}: {section}.{name}: is '{own[name]}:' outside of {section}.")
+        if name not in known:
+            raise ValueError(f"{path}: {section}.{name}: unknown field.")
+    return {name: _number(value, known[name]) for name, value in values.items()}
+
+
+def _as_given(value: Any, parameter: Any, context: typer.Context, where: str) -> Any:
+    """`value` as the command line would have given it."""
+    words = [str(item) for item in (value if isinstance(value, list) else [value])]
+    value = words if parameter.multiple else ",".join(words)
+    try:
+        parameter.process_value(context, value)
+    except typer.BadParameter as error:
+        raise ValueError(f"{where}: {error.message}") from None
+    return value
+
+
+def _number(value: Any, kind: str) -> Any:
+    """YAML takes 2e-4 for a text, since there is no dot in it."""
+    if isinstance(value, str) and "float" in kind:
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def write_recipe(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes settings, by parameter name, as a recipe that `read_recipe` reads."""
+    import yaml
+
+    from ..files import write_atomically
+
+    # Those of an adapter that is trained on are its own.
+    left_out = {"config", "resume", *(ADAPTER_FIELDS if settings["init_from"] is not None else ())}
+    values = {
+        name if name in SECTIONS else name.replace("_", "-"): _plain(value)
+        for name, value in settings.items()
+        if name not in left_out and value not in (None, {}, [])
+    }
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
+
+
+def make_adapter_config(settings: Mapping[str, Any]) -> DeltaMemConfig:
+    """The config of a new adapter.
+
+    Raises:
+        ValueError: a value that a field does not take.
+    """
+    values = {field: _plain(settings[option]) for option, field in ADAPTER_FIELDS.items()}
+    values["heads"] = tuple(head.strip() for head in settings["heads"].split(","))
+    if settings["layers"] is not None:
+        try:
+            values["layers"] = tuple(int(layer) for layer in settings["layers"].split(","))
+        except ValueError:
+            raise ValueError(f"--layers takes numbers such as 4,8,12, not {settings['layers']!r}.") from None
+    try:
+        return DeltaMemConfig(**values, **settings["adapter"])
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def make_arguments(settings: Mapping[str, Any]) -> MemoryTrainingArguments:
+    """The trainer's arguments.
+
+    Raises:
+        ValueError: a value that a field does not take, or values that contradict each other.
+    """
+    import torch
+
+    from ..training import MemoryTrainingArguments
+
+    if settings["streaming"] and settings["steps"] is None:
+        raise ValueError("--streaming needs --steps: nobody knows how many episodes there are.")
+    given = {field: _plain(settings[option]) for option, field in TRAINER_FIELDS.items()}
+    values = {**TRAINER_DEFAULTS, **{field: value for field, value in given.items() if value is not None}}
+    values["report_to"] = given["report_to"] or "none"
+    values["dataloader_pin_memory"] = torch.accelerator.is_available()
+    if settings["eval_data"]:
+        values |= {
+            "eval_strategy": "steps",
+            "eval_steps": settings["save_every"],
+            "per_device_eval_batch_size": settings["batch_size"],
+        }
+    try:
+        return MemoryTrainingArguments(**{**values, **settings["trainer"]}, disable_tqdm=True)
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}") from None
+
+
+def _check_adapter_is_left_as_it_is(context: typer.Context, settings: Mapping[str, Any]) -> None:
+    given = [name for name in ADAPTER_FIELDS if context.get_parameter_source(name).name != "DEFAULT"]
+    given += ["adapter"] if settings["adapter"] else []
+    if given:
+        raise ValueError(f"--init-from brings the adapter's own settings; leave {', '.join(given)} out.")
