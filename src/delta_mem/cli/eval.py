@@ -1,0 +1,502 @@
+"""`delta-mem eval`: benchmarks, and the memory's rivals on them, in one table.
+
+What was predicted is kept in the output folder, line by line, and so are the settings that it depends on: the
+same command goes on where a run was killed, and one with more tasks, systems or questions adds to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .common import Dtype, complain, err, load_backbone, out, plural, user_errors
+
+if TYPE_CHECKING:
+    from ..evaluation.systems import SystemOptions
+    from ..evaluation.tasks import Example, Task
+
+OFFLINE = "offline"  # the model that comes with the package
+SETTINGS_FILE = "settings.json"
+INTERRUPTED = 130
+SHOWN_PROBLEMS = 20  # of rows that cannot be used; the rest are counted
+
+
+def _option(*names: str, help: str, metavar: str | None = None, **settings: Any) -> Any:
+    settings.setdefault("show_default", False)
+    return typer.Option(*names, help=help, metavar=metavar, **settings)
+
+
+def evaluate(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK",
+            help="recall, sgd, locomo, memory-agent-bench, hotpotqa; with options: recall:facts=8.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str,
+        _option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="The backbone: a folder, a hub id, or 'offline', the small model that comes with delta-mem.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        _option("--output", "-o", metavar="DIR", help="For predictions and results; a run goes on in it."),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        _option(
+            "--adapter",
+            "-a",
+            metavar="[LABEL=]NAME",
+            help="A memory's adapter: a folder, or a hub id. Repeatable; the folder's name is the label.",
+        ),
+    ] = None,
+    systems: Annotated[
+        str | None,
+        _option(
+            "--systems",
+            "-s",
+            metavar="LIST",
+            help="none, full, window, bm25, dense, lora, prefix, delta, and delta with one of the contexts: "
+            "delta+full, delta+window, …",
+            show_default="none,full,bm25, and delta if there is an adapter",
+        ),
+    ] = None,
+    lora: Annotated[
+        str | None, _option(metavar="NAME", help="LoRA adapter for 'lora', in PEFT's format.")
+    ] = None,
+    prefix: Annotated[
+        str | None, _option(metavar="NAME", help="Prefix or prompt for 'prefix', in PEFT's format.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        _option(
+            "--data",
+            "-d",
+            metavar="[TASK=]FILE",
+            help="The task's data. Without it, from the hub where the task is there.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, _option(metavar="N", min=1, help="Ask the first N questions of a task.")
+    ] = None,
+    batch_size: Annotated[
+        int, _option(metavar="N", min=1, help="Questions answered together.", show_default=True)
+    ] = 16,
+    context_tokens: Annotated[
+        int | None,
+        _option(
+            metavar="N",
+            min=1,
+            help="Longest prompt, in tokens; the oldest messages go first.",
+            show_default="as many as the model has positions for",
+        ),
+    ] = None,
+    window: Annotated[
+        int, _option(metavar="N", min=1, help="Messages that 'window' sees.", show_default=True)
+    ] = 8,
+    top_k: Annotated[
+        int, _option(metavar="K", min=1, help="Messages that 'bm25' and 'dense' see.", show_default=True)
+    ] = 8,
+    encoder: Annotated[
+        str | None,
+        _option(metavar="NAME", help="The embeddings of 'dense'.", show_default="all-MiniLM-L6-v2"),
+    ] = None,
+    write_chunk: Annotated[
+        int,
+        _option(
+            metavar="N",
+            min=1,
+            help="Write a history N tokens at a time, as it was trained.",
+            show_default=True,
+        ),
+    ] = 2048,
+    device: Annotated[
+        str,
+        _option(
+            metavar="NAME", help="cpu, cuda, cuda:1, mps, …; auto: an accelerator, if any.", show_default=True
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        Dtype,
+        _option(
+            metavar="NAME",
+            help="The backbone's: float32, bfloat16, float16; auto: as it was saved.",
+            show_default=True,
+        ),
+    ] = Dtype.auto,
+    seed: Annotated[int, _option(metavar="N", help="Of all that a task draws.", show_default=True)] = 0,
+) -> None:
+    """Ask benchmarks of a memory and of its rivals; write a table with scores and costs.
+
+    Run the same command again to go on with a run that was stopped. On several GPUs, or in several processes:
+    torchrun --nproc-per-node 8 --no-python delta-mem eval …
+
+    Example: delta-mem eval recall -m offline -s none,full,delta -o results
+    """
+    from ..evaluation.systems import SystemOptions, expand_names, open_system
+    from ..evaluation.systems.context import ENCODER
+    from ..evaluation.tasks import parse
+
+    process = Process()
+    err.quiet = not process.first  # what goes wrong goes wrong in all of them
+    with _user_errors():
+        chosen = {task.spec: task for task in map(parse, tasks)}
+        files = parse_data(data or [], chosen)
+        backbone_name, default = _model(model)
+        if default and dtype is Dtype.auto:
+            dtype = Dtype.float32  # it is saved in half of that, to be small
+        adapters = parse_adapters(adapter or default)
+        options = SystemOptions(
+            adapters=adapters,
+            lora=lora,
+            prefix=prefix,
+            context_tokens=context_tokens,
+            window=window,
+            top_k=top_k,
+            encoder=encoder or ENCODER,
+            write_chunk=write_chunk,
+            batch_size=batch_size,
+        )
+        wanted = (systems or "none,full,bm25" + (",delta" if adapters else "")).split(",")
+        names = expand_names([name.strip() for name in wanted], options)
+        settings = _settings(model, options, files, dtype, seed)
+        asked = [(task, _examples(task, files.get(task.name), limit, seed)) for task in chosen.values()]
+        if process.first:
+            _keep_settings(output, settings)
+    process.join()
+    with _user_errors():
+        backbone, tokenizer = _load(backbone_name, process.device(device), dtype)
+    longest = max(q.max_new_tokens for _, examples in asked for e in examples for q in e.questions)
+
+    from torch import OutOfMemoryError
+
+    from ..evaluation.runner import Predictions, predict
+
+    try:
+        with _user_errors():
+            predictions = Predictions(output, process.rank)
+        with predictions, ProgressBar(asked, names, predictions.lines, process) as bar:
+            for name in names:
+                with contextlib.ExitStack() as stack:
+                    with _user_errors():
+                        system = stack.enter_context(open_system(name, backbone, tokenizer, options))
+                        system.limit(longest)
+                    for task, examples in asked:
+                        predict(
+                            system, name, task, process.share(examples), predictions, bar.start(task, name)
+                        )
+    except KeyboardInterrupt:
+        err.print("Stopped. The same command goes on from here.")
+        raise typer.Exit(INTERRUPTED) from None
+    except OutOfMemoryError as error:
+        advice = "try a lower --batch-size or --context-tokens"
+        complain(ValueError(f"{str(error).splitlines()[0]} ({advice})"))
+        raise typer.Exit(1) from None
+    process.join()
+    if process.first:
+        with _user_errors():
+            _report(output, asked, names, settings, backbone)
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """As `user_errors`; a package that is missing is one of them."""
+    with user_errors():
+        try:
+            yield
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+
+
+# ---- what is asked for -----------------------------------------------------------------------------
+
+
+def parse_adapters(values: Sequence[str]) -> dict[str, str]:
+    """{label: folder or hub id} of "name" and "label=name"; a single one without a label needs none.
+
+    Raises:
+        FileNotFoundError, AdapterFormatError: no such adapter, or a broken one.
+        ValueError: two of one label.
+    """
+    from ..checkpoint import load_adapter
+
+    adapters: dict[str, str] = {}
+    for value in values:
+        label, equals, name = value.partition("=")
+        if not equals or Path(value).exists():
+            name = value
+            label = "" if len(values) == 1 else Path(value).name
+        if label in adapters:
+            raise ValueError(f"two adapters are labelled {label!r}; name them: --adapter label={name}.")
+        load_adapter(name)  # a wrong path shows here, before the minutes that a large backbone takes
+        adapters[label] = name
+    return adapters
+
+
+def parse_data(values: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, Path]:
+    """{task's name: file or folder} of "file", if there is one task only, and "task=file".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: nobody knows which task it is for.
+    """
+    names = list(dict.fromkeys(task.name for task in tasks.values()))
+    files: dict[str, Path] = {}
+    for value in values:
+        name, equals, file = value.partition("=")
+        if not equals or name not in names:
+            if len(names) > 1:
+                raise ValueError(
+                    f"--data {value}: of which task? Write one of {', '.join(names)} and = before it."
+                )
+            name, file = names[0], value
+        if not Path(file).exists():
+            raise FileNotFoundError(f"--data {file}: no such file.")
+        files[name] = Path(file)
+    return files
+
+
+def _model(name: str) -> tuple[str, list[str]]:
+    """Where a backbone is, and the adapters that come with it."""
+    if name != OFFLINE or Path(name).exists():
+        return name, []
+    from ..offline import ADAPTERS, FOLDER
+
+    return str(FOLDER / "backbone"), [str(FOLDER / adapter) for adapter in ADAPTERS]
+
+
+def _examples(task: Task, data: Path | None, limit: int | None, seed: int) -> list[Example]:
+    problems: list[str] = []
+
+    def report(problem: str) -> None:
+        problems.append(problem)
+        if len(problems) <= SHOWN_PROBLEMS:
+            err.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
+
+    examples = list(task.examples(data, limit, seed, report))
+    if len(problems) > SHOWN_PROBLEMS:
+        rest = plural(len(problems) - SHOWN_PROBLEMS, "more problem")
+        err.print(f"warning: {rest} in the data of {task.name}", style="yellow")
+    return examples
+
+
+def _load(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
+    err.print(f"Loading {name} …", style="dim", markup=False, soft_wrap=True)
+    backbone, tokenizer = load_backbone(name, device, dtype)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{name}: its tokenizer has no chat template, which histories and questions need.")
+    return backbone.eval(), tokenizer
+
+
+# ---- settings --------------------------------------------------------------------------------------
+
+
+def _settings(
+    model: str, options: SystemOptions, files: Mapping[str, Path], dtype: Dtype, seed: int
+) -> dict[str, Any]:
+    """What predictions depend on, flat, so that a later run may add to it."""
+    from ..checkpoint import load_adapter
+
+    return {
+        "model": model,
+        "dtype": dtype.value,
+        "seed": seed,
+        "context_tokens": options.context_tokens,
+        "window": options.window,
+        "top_k": options.top_k,
+        "encoder": options.encoder,
+        "write_chunk": options.write_chunk,
+        **{
+            f"adapter {label}".strip(): f"{name} {load_adapter(name).fingerprint()[:16]}"
+            for label, name in options.adapters.items()
+        },
+        **{name: path for name, path in (("lora", options.lora), ("prefix", options.prefix)) if path},
+        **{f"data of {name}": str(path) for name, path in files.items()},
+    }
+
+
+def _keep_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings beside the predictions, together with those that were there.
+
+    Raises:
+        ValueError: the predictions that are there were made with other settings.
+        OSError: the folder cannot be made or written to.
+    """
+    from ..files import read_json, write_atomically
+
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / SETTINGS_FILE
+    before = read_json(file) if file.exists() else {}
+    for name, value in settings.items():
+        if name in before and before[name] != value:
+            raise ValueError(
+                f"{output} holds a run with another {name} ({before[name]}, not {value}): "
+                "name another folder."
+            )
+    write_atomically(file, json.dumps({**before, **settings}, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---- processes -------------------------------------------------------------------------------------
+
+
+class Process:
+    """This process of a run: the only one, or one of those that torchrun has started."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device of that name; of several processes each has an accelerator of its own."""
+        import torch
+
+        if name == "auto" and self.count > 1 and torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator().type
+            return f"{kind}:{int(os.environ.get('LOCAL_RANK', 0)) % torch.accelerator.device_count()}"
+        return name
+
+    def share(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples that are this process's."""
+        return examples[self.rank :: self.count]
+
+    def join(self) -> None:
+        """Waits for the other processes."""
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        dist.barrier()
+
+
+# ---- what is shown ---------------------------------------------------------------------------------
+
+
+class ProgressBar:
+    """The first process's questions and the time left; without a terminal, a line for each system.
+
+    It is a context manager, for an error must end it too.
+    """
+
+    def __init__(
+        self,
+        asked: Sequence[tuple[Task, Sequence[Example]]],
+        names: Sequence[str],
+        done: Any,
+        process: Process,
+    ):
+        self.left = {
+            (task.spec, name): sum(
+                (task.spec, name, question.id) not in done
+                for example in process.share(examples)
+                for question in example.questions
+            )
+            for task, examples in asked
+            for name in names
+        }
+        per_system = sum(
+            len(example.questions) for _, examples in asked for example in process.share(examples)
+        )
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=err,
+        )
+        total = per_system * len(names)
+        self.task = self.bar.add_task("", total=total, completed=total - sum(self.left.values()))
+
+    def __enter__(self) -> ProgressBar:
+        if err.is_terminal and not err.quiet:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar.live.is_started:
+            self.bar.stop()
+
+    def start(self, task: Task, name: str) -> Any:
+        """Goes on to this task and system. Returns what is to be told of every batch."""
+        self.bar.update(self.task, description=f"{task.spec}, {name}")
+        left = self.left[task.spec, name]
+        if not err.is_terminal:
+            err.print(f"{task.spec}, {name}: {plural(left, 'question')} to ask", markup=False, soft_wrap=True)
+        return lambda count: self.bar.advance(self.task, count)
+
+
+def _report(
+    output: Path,
+    asked: Sequence[tuple[Task, Sequence[Example]]],
+    names: Sequence[str],
+    settings: Mapping[str, Any],
+    backbone: Any,
+) -> None:
+    from ..evaluation import report
+    from ..evaluation.runner import read_predictions
+    from ..files import write_atomically
+
+    rows = report.summarize(asked, names, read_predictions(output))
+    results = {
+        "command": shlex.join(["delta-mem", *sys.argv[1:]]),
+        "settings": settings,
+        "machine": _machine(backbone.device.type),
+        "results": rows,
+    }
+    write_atomically(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(output / "table.md", report.markdown(rows))
+    for task, _ in asked:
+        out.print(_table(report, [row for row in rows if row["task"] == task.spec]))
+    written = ["results.json", "table.md"]
+    try:
+        report.plot(rows, output / "plot.png")
+        written.append("plot.png")
+    except ImportError as error:
+        err.print(f"warning: {error}", style="yellow", markup=False, soft_wrap=True)
+    err.print(f"Wrote {', '.join(written)} in {output}.", markup=False, soft_wrap=True)
+
+
+def _machine(device: str) -> dict[str, str]:
+    from .. import __version__
+    from ..benchmark import machine
+
+    about = {**machine(device), "delta-mem": __version__}
+    for package in ("bm25s", "datasets", "nltk", "sentence-transformers", "tokenizers"):
+        with contextlib.suppress(PackageNotFoundError):
+            about[package] = version_of(package)
+    return about
+
+
+def _table(report: Any, rows: Sequence[Mapping[str, Any]]) -> Table:
+    title = f"{rows[0]['task']} ({rows[0]['metric']} of {plural(rows[0]['questions'], 'question')})"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), title_style="bold")
+    for column in report.COLUMNS:
+        # Words of a heading, one below the other: the cells are what needs the width.
+        heading = column.replace(" ", "\n")
+        table.add_column(heading, justify="left" if column == "system" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in report.cells(row)))
+    return table
