@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench offline-model clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
 
 demo: $(VENV)/.installed-cli  ## install, then run the offline demonstration
 	$(BIN)/delta-mem demo
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed-dev  ## install, then check style and formatting
 
 bench: $(VENV)/.installed-dev  ## install, then measure what the memory costs on this machine
 	$(BIN)/delta-mem bench --output bench.json
+
+offline-model: $(VENV)/.installed-dev  ## install, then train the small offline model anew, into build/offline
+	$(BIN)/python recipes/offline_model.py --output build/offline
 
 clean:  ## remove build outputs and caches; keeps .venv
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -445,17 +445,33 @@ def test_convert_refuses_what_makes_no_sense(files, tmp_path):
 # ---- demo ------------------------------------------------------------------------------------------
 
 
-def test_demo_shows_the_memory_at_work():
-    text = told("demo")
+def test_demo_shows_a_fact_remembered_with_the_history_gone(tmp_path):
+    text = told("demo", "--questions", "4", "--plot", tmp_path / "recall.png")
     lines = text.splitlines()
-    assert lines[0] == "The weights are random and the replies noise: what to watch is the memory."
-    rows = [line.split() for line in lines if line.split()[:1] in (["1"], ["2"], ["3"])]
-    said, context, written = ([int(row[column]) for row in rows] for column in (1, 2, 3))
-    assert sorted(said) == said and sorted(written) == written and len(rows) == 3
-    assert context[2] < said[2] / 2  # the older turns have left it
-    assert {" ".join(row[4:6]) for row in rows} == {"1,024 bytes"}
-    assert "the states are identical" in text
-    moved = [float(line.split()[-1]) for line in lines if "has moved by" in line]
-    assert moved[0] > 0.1 and moved[1] == 0
-    assert max(map(len, lines)) <= 80
-    assert told("demo") == text
+    assert text.index("The context is cleared") < text.index("only the memory") < text.index("The memory is")
+    assert "Your name is" in text and "I do not know" in text
+    assert "The memory is 4,096 bytes; the KV cache that it stands in for is 1.2 MB." in text
+    head = next(line for line in lines if line.startswith("facts told"))
+    assert head.split()[2:] == ["1", "2", "4", "8", "16"]
+    shares = {
+        name: line.split()[2] for line in lines for name in ("no", "δ-mem") if line.startswith(f"{name} ")
+    }
+    assert shares["no"] == "0%"
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    assert (tmp_path / "recall.png").stat().st_size > 1000
+
+
+def test_demo_goes_on_with_the_person_at_the_keyboard():
+    text = told(
+        "demo",
+        "--questions",
+        "1",
+        "--interactive",
+        input="My sister lives in Oslo.\nWhere does my sister live?\n",
+    )
+    assert "Oslo" in text.splitlines()[-1]
+
+
+def test_demo_refuses_a_plot_that_it_cannot_draw(tmp_path):
+    assert "no such folder" in refused("demo", "--plot", tmp_path / "nowhere" / "recall.png")
+    assert "must end in one of" in refused("demo", "--plot", tmp_path / "recall.doc")

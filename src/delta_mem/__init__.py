@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .chat import ChatSession
     from .config import DeltaMemConfig
     from .errors import AdapterFormatError, IncompatibleMemoryError, UnsupportedBackboneError
+    from .memory import MemoryTrace
     from .model import DeltaMemModel
+    from .offline import load_offline_model
     from .state import MemoryState
 
 __version__ = "0.1.0"
@@ -30,7 +32,9 @@ __all__ = [
     "DeltaMemModel",
     "IncompatibleMemoryError",
     "MemoryState",
+    "MemoryTrace",
     "UnsupportedBackboneError",
+    "load_offline_model",
     "ops",
 ]
 
@@ -41,7 +45,9 @@ _HOMES = {
     "DeltaMemModel": "model",
     "IncompatibleMemoryError": "errors",
     "MemoryState": "state",
+    "MemoryTrace": "memory",
     "UnsupportedBackboneError": "errors",
+    "load_offline_model": "offline",
 }
 
 

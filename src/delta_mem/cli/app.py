@@ -8,7 +8,9 @@ from .bench import bench
 from .chat import chat
 from .convert import convert
 from .demo import demo
+from .eval import evaluate
 from .info import info
+from .train import train
 
 app = typer.Typer(
     name="delta-mem",
@@ -41,5 +43,6 @@ def root(
     """
 
 
-for command in (chat, info, convert, demo, bench):
+for command in (chat, train, info, convert, demo, bench):
     app.command()(command)
+app.command("eval")(evaluate)

@@ -1,130 +1,205 @@
-"""`delta-mem demo`: a memory at work, offline, on a tiny model made here with random weights."""
+"""`delta-mem demo`: facts are told, the context is cleared, and only the memory can answer; offline."""
 
 from __future__ import annotations
 
-import tempfile
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from .common import err, out, printable, size
+from .chat import Conversation
+from .common import err, out, printable, size, user_errors
 
-TURNS = (
-    "My name is Ada and I moved to Lisbon in May.",
-    "I keep two cats, Byron and Babbage, and a very old piano.",
-    "Where do I live, and who lives with me?",
+if TYPE_CHECKING:
+    from ..evaluation.systems import System
+
+TOLD = (
+    "My name is Clara.",
+    "By the way, my brother lives in Lisbon.",
+    "The weather is lovely today.",
+    "My sister plays tennis, but I spend every weekend on pottery.",
+    "I have booked a holiday in Iceland.",
+    "Correction: I have booked a holiday in Japan.",
 )
-FORK = "Forget the cats: I keep a parrot."
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+ASKED = (
+    "What is my name?",
+    "Where does my brother live?",
+    "Which hobby do I enjoy most?",
+    "Where have I booked a holiday?",
 )
+FACTS = (1, 2, 4, 8, 16)
+NAMES = {
+    "none": "no history",
+    "full": "full history",
+    "tsw": "δ-mem TSW",
+    "msw": "δ-mem MSW",
+}
 
 
-def demo() -> None:
-    """Watch a memory at work: a short chat, offline, in seconds.
+def demo(
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Then go on with the conversation yourself.")
+    ] = False,
+    questions: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Questions in each cell of the recall table.")
+    ] = 48,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the recall table to this file (.png, .svg, .pdf).", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """See a fact remembered when the history is gone: offline, in under a minute.
 
-    Every turn leaves the context and stays in the memory; then the memory is saved, loaded and forked.
+    A small model that comes with the package is told a few facts. Then its context is cleared and it is
+    asked: without the history, with all of it, and with nothing but the memory. A table of recall follows,
+    measured on the spot on conversations that it never saw.
 
-    Example: delta-mem demo
+    Example: delta-mem demo --interactive
     """
-    with err.status("Building a tiny model …"):
-        import torch
+    with user_errors():
+        if plot is not None:
+            _check_plot(plot)
+    with err.status("Loading the offline model …"):
+        from transformers.utils import logging
 
-        from .. import ChatSession, MemoryState
-        from ..segments import encode_messages
+        from .. import ChatSession
+        from ..evaluation.systems import FullContext, Memory, NoContext
+        from ..offline import ADAPTERS, load_offline_model
 
-        torch.manual_seed(0)
-        model, tokenizer, config = _tiny_model()
-        chat = ChatSession(model, tokenizer, window=1, **_letters_only(tokenizer))
+        logging.disable_progress_bar()
+        models = {name: load_offline_model(name) for name in ADAPTERS}
+        model, tokenizer = models["msw"]
 
-    out.print("The weights are random and the replies noise: what to watch is the memory.")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for column in ("turn", "tokens said", "in context", "written", "memory", "KV cache of all"):
-        table.add_column(column, justify="right")
-    # Keys and values of every token, in every layer, float32.
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-
-    def tokens(messages):
-        return len(encode_messages(tokenizer, messages).input_ids)
-
-    out.print()
-    for turn, text in enumerate(TURNS, 1):
-        _say(f"you {turn}", text)
+    chat = ChatSession(model, tokenizer, window=1)
+    out.print("A conversation. Each message leaves the context as soon as it is answered.\n", style="dim")
+    for text in TOLD:
+        _say("you", text)
         _say("model", chat.send(text))
-        said = tokens(chat.messages)
-        table.add_row(
-            str(turn),
-            str(said),
-            str(tokens(chat.messages[-2:])),  # window=1: the message and its reply, nothing older
-            str(int(chat.memory.tokens_written)),
-            size(chat.memory.nbytes),
-            size(said * per_token),
-        )
-    out.print()
+
+    out.print("\nThe context is cleared. What is left:\n", style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for column in ("question", "no history", "full history", "only the memory"):
+        table.add_column(column, overflow="fold")
+    frozen = [NoContext(model.backbone, tokenizer), FullContext(model.backbone, tokenizer)]
+    for query in ASKED:
+        replies = [system.answer(system.keep([chat.messages]), [0], [query])[0].text for system in frozen]
+        table.add_row(*map(printable, (query, *replies, chat.fork().send(query))))
     out.print(table)
+    cache = FullContext(model.backbone, tokenizer)
+    history = cache.bytes_kept(cache.keep([chat.messages]))
+    out.print(
+        f"\nThe memory is {size(chat.memory.nbytes)}; the KV cache that it stands in for is "
+        f"{size(int(history))}."
+    )
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "memory.safetensors"
-        chat.memory.save(file)
-        same = _distance(MemoryState.load(file), chat.memory) == 0
-        out.print(
-            f"\n[bold]Saved[/bold] to a file of {size(file.stat().st_size)} and loaded again: the states are "
-            f"{'identical' if same else 'NOT identical'}."
-        )
-
-    before, fork = chat.memory.fork(), chat.fork()
-    fork.send(FORK)
-    out.print(f'[bold]Forked[/bold], and told the copy: "{FORK}"')
-    for name, memory in (("copy", fork.memory), ("original", chat.memory)):
-        out.print(f"  the {name:<9} has moved by {_distance(memory, before):.3f}")
+    systems: dict[str, System] = {
+        "none": NoContext(model.backbone, tokenizer, 16, 64),
+        "full": FullContext(model.backbone, tokenizer, 16, 64),
+        **{name: Memory(*models[name], 16, 64) for name in models},
+    }
+    recall = _measure(systems, questions)
+    out.print()
+    out.print(_recall_table(recall))
+    out.print(
+        f"Share of questions answered rightly, of {questions} in each cell, with 95 % intervals. The facts "
+        "and the sentences around them never occurred in training.",
+        style="dim",
+    )
+    if plot is not None:
+        _draw(recall, plot)
+        out.print(f"Drawn to {plot}.", markup=False, soft_wrap=True)
+    if interactive:
+        _go_on(chat)
 
 
 def _say(who: str, text: str) -> None:
     out.print(Text.assemble((f"{who:<6} ", "dim"), printable(text)))
 
 
-def _distance(memory: Any, other: Any) -> float:
-    """Frobenius norm of the difference, over all layers."""
-    return sum(float((memory.layers[i] - other.layers[i]).norm() ** 2) for i in memory.layers) ** 0.5
+# ---- the recall table ------------------------------------------------------------------------------
 
 
-def _tiny_model() -> tuple[Any, Any, Any]:
-    """(model with an untrained adapter, byte-level tokenizer, the backbone's config)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+Cell = tuple[float, float, float]  # share answered rightly, and its 95 % interval
 
-    from .. import DeltaMemModel
 
-    special = ["<|im_start|>", "<|im_end|>"]
-    vocabulary = {symbol: i for i, symbol in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bytewise = Tokenizer(models.BPE(vocabulary, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise,
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
+def _measure(systems: dict[str, System], questions: int) -> dict[str, dict[int, Cell]]:
+    """{system: {facts: share}} on held-out conversations; each of them is asked at most four questions."""
+    from ..evaluation.scoring import confidence_interval
+    from ..evaluation.tasks.recall import ask, held_out
+
+    result: dict[str, dict[int, Cell]] = {name: {} for name in systems}
+    columns = (TextColumn("Measuring recall"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=len(FACTS) * len(systems))
+        for facts in FACTS:
+            talks = held_out(questions, facts)
+            for name, system in systems.items():
+                right = ask(system, talks)
+                result[name][facts] = (sum(right) / len(right), *confidence_interval(right))
+                progress.advance(task)
+    return result
+
+
+def _recall_table(recall: dict[str, dict[int, Cell]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("facts told")
+    for facts in FACTS:
+        table.add_column(str(facts), justify="right")
+    for name, cells in recall.items():
+        shares = (f"{share:.0%} [dim]{low:.0%}–{high:.0%}[/dim]" for share, low, high in cells.values())
+        table.add_row(NAMES[name], *shares)
+    return table
+
+
+def _check_plot(file: Path) -> None:
+    """
+    Raises:
+        ValueError: there is nothing to draw with, or the file's kind is unknown.
+        OSError: no such folder.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('--plot needs matplotlib: pip install "delta-mem[plot]"') from None
+    kinds = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot {file}: the name must end in one of {', '.join(sorted(kinds))}.")
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such folder.")
+
+
+def _draw(recall: dict[str, dict[int, Cell]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="facts told", ylabel="recall", ylim=(-0.02, 1.02))
+    for name, cells in recall.items():
+        shares, lows, highs = zip(*cells.values(), strict=True)
+        axes.plot(FACTS, shares, marker="o", label=NAMES[name], linestyle="-" if "δ" in NAMES[name] else "--")
+        axes.fill_between(FACTS, lows, highs, alpha=0.15)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(FACTS, [str(facts) for facts in FACTS])
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+# ---- going on --------------------------------------------------------------------------------------
+
+
+def _go_on(chat: Any) -> None:
+    from ..chat import ChatSession
+
+    err.print(
+        "\nGo on: tell it something in its own kind of words, and ask. /memory looks into the memory, /help "
+        "lists the commands, Ctrl-D leaves.",
+        style="dim",
     )
-    config = Qwen3Config(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    return DeltaMemModel(Qwen3ForCausalLM(config).eval()), tokenizer, config
-
-
-def _letters_only(tokenizer: Any) -> dict[str, Any]:
-    """Options under which noise is at least legible: 24 lower-case letters and spaces."""
-    letters = {tokenizer.convert_tokens_to_ids(symbol) for symbol in "abcdefghijklmnopqrstuvwxyzĠ"}
-    others = [i for i in range(len(tokenizer)) if i not in letters]
-    return {"do_sample": True, "max_new_tokens": 24, "suppress_tokens": others}
+    Conversation(
+        chat, lambda path: ChatSession.load(path, chat.model, chat.tokenizer), sys.stdin.isatty()
+    ).run()

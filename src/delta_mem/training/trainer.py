@@ -288,7 +288,7 @@ class MemoryTrainer(Trainer):
         from accelerate.utils import AutocastKwargs
 
         args = super()._build_accelerator_args(**kwargs)
-        # In older versions of torch a weight cast without gradients, in an early chunk, was used again with gradients.
+        # Older versions of torch use a cast made without gradients, in an early chunk, again with gradients.
         args["kwargs_handlers"].append(AutocastKwargs(cache_enabled=False))
         return args
 

@@ -1,0 +1,71 @@
+"""The small offline model: it remembers, and training can make an adapter that does."""
+
+from random import Random
+
+import pytest
+import torch
+
+import delta_mem as dm
+from delta_mem.evaluation.systems import FullContext, Memory, NoContext
+from delta_mem.evaluation.tasks.recall import ask, conversation, held_out
+from delta_mem.offline import FOLDER
+from delta_mem.training import Episode, EpisodeCollator, EpisodeObjective, Question, encode_episode
+
+OPTIONS = {"max_new_tokens": 16, "batch_size": 16}
+
+
+def recall(system, *args, **options):
+    right = ask(system, held_out(*args, **options))
+    return sum(right) / len(right)
+
+
+def test_four_facts_are_recalled_with_the_history_gone():
+    model, tokenizer = dm.load_offline_model("msw")
+    talks = (40, 4)
+    assert recall(NoContext(model.backbone, tokenizer, **OPTIONS), *talks) <= 0.05
+    assert recall(FullContext(model.backbone, tokenizer, **OPTIONS), *talks) >= 0.95
+    assert recall(Memory(model, tokenizer, **OPTIONS), *talks) >= 0.6
+
+
+def test_a_chat_remembers_what_left_its_context():
+    model, tokenizer = dm.load_offline_model("msw")
+    chat = dm.ChatSession(model, tokenizer, window=1)
+    chat.send("My sister lives in Oslo.")
+    assert "Oslo" in chat.send("Where does my sister live?")
+    chat.reset()
+    assert "Oslo" not in chat.send("Where does my sister live?")
+
+
+def test_the_model_is_small_and_its_adapters_are_by_name():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*")) < 20e6
+    with pytest.raises(ValueError, match="adapters are tsw, msw, not 'lora'"):
+        dm.load_offline_model("lora")
+
+
+@pytest.mark.slow
+def test_half_a_minute_of_training_teaches_a_new_adapter_to_recall():
+    model, tokenizer = dm.load_offline_model("msw")
+    backbone = model.detach()
+    torch.manual_seed(0)
+    model = dm.DeltaMemModel(backbone, dm.DeltaMemConfig(num_states=4)).eval()
+    before = recall(Memory(model, tokenizer, **OPTIONS), 30, 1)
+
+    model.train()
+    objective, collate = EpisodeObjective(), EpisodeCollator(tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.adapters.parameters(), lr=6e-3, betas=(0.9, 0.98))
+    for step in range(220):
+        talks = [conversation(Random(f"{step}/{row}"), facts=1, chatter=0) for row in range(12)]
+        episodes = [
+            Episode(talk.messages, [Question([{"role": "user", "content": q.query}], q.answer)])
+            for talk in talks
+            for q in talk.questions
+        ]
+        batch = collate([encode_episode(tokenizer, episode, "token") for episode in episodes])
+        loss, _ = objective(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.adapters.parameters(), 1.0)
+        optimizer.step()
+    after = recall(Memory(model.eval(), tokenizer, **OPTIONS), 30, 1)
+    assert before <= 0.1
+    assert after > 0.5
