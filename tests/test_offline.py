@@ -38,7 +38,7 @@ def test_a_chat_remembers_what_left_its_context():
 
 def test_the_model_is_small_and_its_adapters_are_by_name():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*")) < 20e6
-    with pytest.raises(ValueError, match="adapters are tsw, msw, not 'lora'"):
+    with pytest.raises(ValueError, match="adapters are tsw, ssw, msw, not 'lora'"):
         dm.load_offline_model("lora")
 
 

@@ -1,4 +1,4 @@
-"""The small offline model: a tokenizer, a backbone and two adapters that come with the package.
+"""The small offline model: a tokenizer, a backbone and three adapters that come with the package.
 
     model, tokenizer = load_offline_model()        # the adapter that writes token by token
     chat = ChatSession(model, tokenizer, window=1)
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .model import DeltaMemModel
 
 NAME = "delta-mem offline model"
-ADAPTERS = ("tsw", "msw")
+ADAPTERS = ("tsw", "ssw", "msw")
 FOLDER = Path(str(resources.files(__package__).joinpath("assets")))
 
 
@@ -30,7 +30,7 @@ def load_offline_model(adapter: str = "tsw", device: torch.device | str = "cpu")
     """The offline model and its tokenizer, in float32.
 
     Args:
-        adapter: "tsw" (one state a layer) or "msw" (four side by side).
+        adapter: "tsw" (writes every token), "ssw" (once per message) or "msw" (four states side by side).
         device: where to put it.
 
     Raises:

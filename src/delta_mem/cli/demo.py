@@ -36,6 +36,7 @@ NAMES = {
     "none": "no history",
     "full": "full history",
     "tsw": "δ-mem TSW",
+    "ssw": "δ-mem SSW",
     "msw": "δ-mem MSW",
 }
 
