@@ -20,11 +20,18 @@ PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture
 def stand_ins(monkeypatch, tmp_path):
-    """Any backbone is a tiny one, any adapter on the hub a fresh one; files are written to a new folder."""
+    """Any backbone on the hub is a tiny one, any adapter there a fresh one; files are written to a new folder."""
     tokenizer = tiny_tokenizer()
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    real_tokenizer, real_model = AutoTokenizer.from_pretrained, AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer,
+        "from_pretrained",
+        lambda name: real_tokenizer(name) if Path(name).is_dir() else tokenizer,
+    )
 
     def load(name, dtype=None):
+        if Path(name).is_dir():  # the model that comes with the package
+            return real_model(name, dtype=dtype)
         sizes = dict(vocab_size=400, num_hidden_layers=2, max_position_embeddings=1024)
         model = backbone("qwen3", eos_token_id=tokenizer.eos_token_id, **sizes)
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model
