@@ -36,7 +36,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@touch $(VENV)/.installed-cli $@
 
 $(VENV)/.installed-cli: pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install -c constraints.txt -e ".[cli]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[cli,cpu]"
 	@touch $@
 
 # pip, not python: where ensurepip is missing, venv fails and leaves a python without pip behind.

@@ -40,7 +40,7 @@ CELLS = {
     "8 facts": {"facts": 8},
     "16 facts": {"facts": 16},
     "a fact corrected later: the new value": {"facts": 4, "corrected": True},
-    "4 facts, then 1,000 tokens of other talk": {"facts": 4, "other_talk": 38},
+    "4 facts, then 1,000 tokens of other talk": {"facts": 4, "other_talk": 40},
 }
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="of backbone and adapters")
     parser.add_argument("--questions", type=int, default=500, help="in each cell")
-    parser.add_argument("--lora-steps", type=int, default=1000)
+    parser.add_argument("--lora-steps", type=int, default=300)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -132,8 +132,8 @@ def main() -> None:
     systems[f"LoRA ({count:,} parameters)"] = NoContext(lora, tokenizer, **options)
 
     tokens = [
-        len(tokenizer.apply_chat_template(talk.messages[-76:], tokenize=True)["input_ids"])
-        for talk in held_out(40, 4, other_talk=38)
+        len(tokenizer.apply_chat_template(talk.messages[-80:], tokenize=True)["input_ids"])
+        for talk in held_out(40, 4, other_talk=40)
     ]
     print(recall_table(systems, args.questions))
     print(f"\nOther talk: {min(tokens):,} to {max(tokens):,} tokens. δ-mem TSW: {parameters:,} parameters.\n")

@@ -160,6 +160,8 @@ def evaluate(
     process = Process()
     err.quiet = not process.first  # what goes wrong goes wrong in all of them
     with _user_errors():
+        from ..evaluation.runner import Predictions, predict
+
         chosen = {task.spec: task for task in map(parse, tasks)}
         files = parse_data(data or [], chosen)
         backbone_name, default = _model(model)
@@ -189,8 +191,6 @@ def evaluate(
     longest = max(q.max_new_tokens for _, examples in asked for e in examples for q in e.questions)
 
     from torch import OutOfMemoryError
-
-    from ..evaluation.runner import Predictions, predict
 
     try:
         with _user_errors():

@@ -24,6 +24,11 @@ from typing import Any
 
 import torch
 
+try:
+    import psutil
+except ImportError:
+    raise ImportError('an evaluation needs psutil: pip install "delta-mem[eval]"') from None
+
 from .systems import System
 from .tasks import Example, Question, Task
 
@@ -233,6 +238,4 @@ class PeakMemory:
 
 
 def _resident() -> int:
-    import psutil
-
     return psutil.Process().memory_info().rss
