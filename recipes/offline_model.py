@@ -14,6 +14,7 @@ twice. The shipped model is `--size gpu`: minutes on a GPU, of no use on a CPU. 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -33,6 +34,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from delta_mem import DeltaMemConfig, DeltaMemModel, checkpoint
 from delta_mem.evaluation.tasks.recall import conversation, small_talk
@@ -81,8 +83,8 @@ class Size:
 
 
 SIZES = {
-    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 3000, 4e-3, 12_288),
-    "cpu": Size(3, 128, 6000, 1e-3, 2_048, 3000, 3e-3, 2_048),
+    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 8000, 3e-3, 2_048),
+    "cpu": Size(3, 128, 6000, 1e-3, 2_048, 8000, 3e-3, 2_048),
 }
 
 
@@ -103,17 +105,19 @@ def in_full(rng: Random) -> dict[str, Any]:
 def in_stages(rng: Random, progress: float) -> dict[str, Any]:
     """The same, beginning with one fact: a memory first learns what to store, then how to tell facts apart.
 
+    Mostly without small talk in between, so that more facts go into a batch.
+
     Args:
         rng: draws.
         progress: the share of the training that is done.
     """
-    if progress < 0.2:
+    if progress < 0.07:
         return {"facts": 1, "chatter": 0.0}
-    if progress < 0.35:
-        return {"facts": rng.choice([1, 2, 3])}
-    if progress < 0.55:
-        return {"facts": rng.choice([1, 2, 4, 6]), "other_talk": rng.choice([0, 0, 4])}
-    return in_full(rng)
+    if progress < 0.15:
+        return {"facts": rng.choice([1, 2, 3]), "chatter": 0.0}
+    if progress < 0.3:
+        return {"facts": rng.choice([1, 2, 4, 6]), "chatter": 0.0}
+    return in_full(rng) | {"chatter": rng.choice([0.0, 0.0, 0.25])}
 
 
 class Batches(Dataset):
@@ -134,7 +138,8 @@ class Batches(Dataset):
 
     def _rows(self, like: dict[str, Any]) -> int:
         """How many conversations of this kind fill a batch."""
-        return max(1, self.tokens // (75 * like["facts"] + 32 * like.get("other_talk", 0) + 40))
+        per_fact = 55 + 80 * like.get("chatter", 0.25)
+        return max(1, int(self.tokens / (per_fact * like["facts"] + 32 * like.get("other_talk", 0) + 30)))
 
 
 class Conversations(Batches):
@@ -198,7 +203,7 @@ class Episodes(Batches):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{self.seed}/episodes/{index}")
         like = in_stages(rng, index / self.count)
-        unknown = 0.2 if index > 0.55 * self.count else 0.0
+        unknown = 0.2 if index > 0.3 * self.count else 0.0
         episodes = []
         for _ in range(self._rows(like)):
             talk = conversation(rng, **like, unknown=int(rng.random() < unknown))
@@ -265,9 +270,11 @@ def start_by_matching(model: Qwen3ForCausalLM) -> None:
         attention.o_proj.weight.copy_(value.t())
 
 
-def common_arguments(steps: int, lr: float, seed: int, folder: Path, workers: int) -> dict[str, Any]:
+def common_arguments(
+    name: str, steps: int, lr: float, seed: int, folder: Path, workers: int
+) -> dict[str, Any]:
     return {
-        "output_dir": str(folder / "training"),
+        "output_dir": str(folder / "training" / name),
         "max_steps": steps,
         "per_device_train_batch_size": 1,  # of `Batches`
         "train_sampling_strategy": "sequential",
@@ -275,15 +282,23 @@ def common_arguments(steps: int, lr: float, seed: int, folder: Path, workers: in
         "lr_scheduler_type": "cosine",
         "warmup_steps": steps // 20,
         "adam_beta2": 0.98,
-        "bf16": torch.cuda.is_available(),
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
         "logging_steps": max(1, steps // 40),
-        "save_strategy": "no",
+        "save_steps": max(1, steps // 20),
+        "save_total_limit": 1,
         "report_to": "none",
         "dataloader_num_workers": workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "seed": seed,
     }
+
+
+def trained(trainer: Trainer) -> None:
+    """Trains, from the last checkpoint in its folder if there is one: an interrupted run goes on."""
+    folder = trainer.args.output_dir
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
 
 
 def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: int) -> Qwen3ForCausalLM:
@@ -305,9 +320,9 @@ def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: 
         )
     )
     start_by_matching(model)
-    common = common_arguments(size.backbone_steps, size.backbone_lr, seed, folder, workers)
+    common = common_arguments("backbone", size.backbone_steps, size.backbone_lr, seed, folder, workers)
     data = Conversations(tokenizer, seed, size.backbone_steps, size.backbone_tokens)
-    Trainer(model, TrainingArguments(**common, weight_decay=0.01), alone, data).train()
+    trained(Trainer(model, TrainingArguments(**common, weight_decay=0.01), alone, data))
     return model.eval()
 
 
@@ -318,9 +333,9 @@ def make_adapter(
     model = DeltaMemModel(backbone, ADAPTERS[name]).train()
     if name in STARTS:
         checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
-    common = common_arguments(size.adapter_steps, size.adapter_lr, seed, folder, workers)
+    common = common_arguments(name, size.adapter_steps, size.adapter_lr, seed, folder, workers)
     data = Episodes(tokenizer, ADAPTERS[name].write, seed, size.adapter_steps, size.adapter_tokens)
-    MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data).train()
+    trained(MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data))
     return model.eval()
 
 
@@ -343,7 +358,9 @@ def main() -> None:
         tokenizer.save_pretrained(home)
     for name in ADAPTERS if args.only is None else {args.only} & ADAPTERS.keys():
         # As it is shipped: rounded to bfloat16, computed in float32.
-        backbone = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32)
+        backbone = AutoModelForCausalLM.from_pretrained(
+            home, dtype=torch.float32, attn_implementation="eager"
+        )
         backbone.config._name_or_path = NAME  # what adapters and memories call it
         tokenizer = AutoTokenizer.from_pretrained(home)
         make_adapter(name, backbone, tokenizer, *stage).save_pretrained(args.output / name)
