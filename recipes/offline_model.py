@@ -83,7 +83,7 @@ class Size:
 
 
 SIZES = {
-    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 8000, 3e-3, 2_048),
+    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 5000, 3e-3, 2_048),
     "cpu": Size(3, 128, 6000, 1e-3, 2_048, 8000, 3e-3, 2_048),
 }
 
@@ -274,7 +274,8 @@ def common_arguments(
     name: str, steps: int, lr: float, seed: int, folder: Path, workers: int
 ) -> dict[str, Any]:
     return {
-        "output_dir": str(folder / "training" / name),
+        # A run goes on only where it is the same run.
+        "output_dir": str(folder / "training" / f"{name}-{steps}-{lr}-{seed}"),
         "max_steps": steps,
         "per_device_train_batch_size": 1,  # of `Batches`
         "train_sampling_strategy": "sequential",
@@ -295,10 +296,11 @@ def common_arguments(
     }
 
 
-def trained(trainer: Trainer) -> None:
+def train(trainer: Trainer) -> None:
     """Trains, from the last checkpoint in its folder if there is one: an interrupted run goes on."""
     folder = trainer.args.output_dir
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
+    start = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    trainer.train(resume_from_checkpoint=start)
 
 
 def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: int) -> Qwen3ForCausalLM:
@@ -322,7 +324,7 @@ def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: 
     start_by_matching(model)
     common = common_arguments("backbone", size.backbone_steps, size.backbone_lr, seed, folder, workers)
     data = Conversations(tokenizer, seed, size.backbone_steps, size.backbone_tokens)
-    trained(Trainer(model, TrainingArguments(**common, weight_decay=0.01), alone, data))
+    train(Trainer(model, TrainingArguments(**common, weight_decay=0.01), alone, data))
     return model.eval()
 
 
@@ -335,7 +337,7 @@ def make_adapter(
         checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
     common = common_arguments(name, size.adapter_steps, size.adapter_lr, seed, folder, workers)
     data = Episodes(tokenizer, ADAPTERS[name].write, seed, size.adapter_steps, size.adapter_tokens)
-    trained(MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data))
+    train(MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data))
     return model.eval()
 
 

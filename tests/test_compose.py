@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import delta_mem as dm
+from delta_mem.backbones import CALL
 from families import backbone
 
 IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -115,6 +117,33 @@ def test_gradient_checkpointing_writes_nothing_twice(config):
     for one, other in zip(plain.adapters.parameters(), checkpointed.adapters.parameters(), strict=True):
         assert one.grad.abs().max() > 0
         torch.testing.assert_close(other.grad, one.grad)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["plain", "traced"])
+@pytest.mark.parametrize("config", [TOKEN, MESSAGE], ids=["token", "message"])
+def test_gradient_checkpointing_gives_back_what_the_second_forward_computes(config, traced):
+    """Layer by layer: what a call keeps beyond its end would fill the device that checkpointing is to spare."""
+    frozen = backbone("qwen3").train()
+    model = seeded(frozen, config)
+    frozen.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls, inputs = [], []
+
+    def look(module, args, kwargs):
+        calls.append(kwargs[CALL])
+        inputs.append(StorageWeakRef(kwargs["hidden_states"].untyped_storage()))
+
+    for layer in frozen.model.layers:
+        layer.self_attn.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    memory, trace = model.new_memory(2), dm.MemoryTrace() if traced else None
+    model(IDS, memory=memory, use_cache=False, trace=trace)
+    second = len(inputs)
+    loss = model(IDS, memory=memory, write=False, labels=IDS, use_cache=False).loss
+    if traced:
+        loss = loss + sum(gates.mean() for gates in trace.gates.values())
+    loss.backward()
+    again = [given for given, call in zip(inputs[second:], calls[second:], strict=True) if call is calls[0]]
+    assert len(again) == second
+    assert all(given.expired() for given in again)
 
 
 def test_reentrant_checkpointing_is_refused():

@@ -1,5 +1,6 @@
 """The compiled backend: what is special to it. That it computes what the definition says, test_ops.py shows."""
 
+import dataclasses
 import itertools
 import math
 import multiprocessing
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from delta_mem import ops
-from delta_mem.ops import Rule, advance, cpu, delta_rule
+from delta_mem.ops import Rule, advance, cpu, delta_rule, segments
 from test_ops import assert_close, exact, example, gradients
 
 numba = pytest.importorskip("numba")
@@ -118,7 +119,6 @@ def test_results_do_not_depend_on_the_number_of_threads(two_threads):
 def test_eight_threads_at_once(two_threads):
     """Each with a memory of its own, all with a kernel that none has compiled yet."""
     cpu._kernels()._compiled.clear()
-    cpu._plan.cache_clear()
     rule = Rule(2, 5)
     start = threading.Barrier(8)
     results = [None] * 8
@@ -324,6 +324,83 @@ def test_fused_leaves_to_others_what_is_not_as_it_should_be():
     assert advance(z, bias, state, rule, mask=ones.long())[0].shape == (2, 20, 1, 8)
     with pytest.raises(ValueError, match="mask has shape"):
         advance(z, bias, state, rule, mask=ones[:, :-1])
+
+
+# Segments
+
+
+def stream(seed, batch=5, tokens=12):
+    """ids, writes, present, open_count, open_ids, keep_open: as `segments.plan` takes them, of all sorts."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def chance(share, *shape):
+        return torch.rand(*shape, generator=rng) < share
+
+    ids = torch.randint(-1, 3, (batch, tokens), generator=rng)
+    ids = ids.gather(1, (chance(0.4, batch, tokens).long().cumsum(1) % tokens))  # in runs
+    present = chance(0.8, batch, tokens)
+    writes = present & chance(0.7, batch, tokens)
+    writes[0] = False
+    open_count = torch.randint(0, 3, (batch,), generator=rng)
+    open_ids = torch.where(open_count > 0, torch.randint(0, 3, (batch,), generator=rng), -1)
+    return ids, writes, present, open_count, open_ids, chance(0.5, batch)
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 12), ids="tokens{}".format)
+def test_segments_are_planned_as_the_definition_says(tokens):
+    for seed in range(50):
+        given = stream(seed, tokens=tokens)
+        plan, expected = cpu.plan_segments(*given), segments.plan(*given)
+        for field in dataclasses.fields(expected):
+            got, right = getattr(plan, field.name), getattr(expected, field.name)
+            assert got.dtype == right.dtype and torch.equal(got, right), (seed, field.name)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_id)
+@pytest.mark.parametrize("tokens", (1, 12), ids="tokens{}".format)
+def test_fused_segments_equal_parts(rule, tokens, monkeypatch):
+    z, bias, state = projections(rule, batch=5, tokens=tokens)
+    for seed in range(5):
+        given = stream(seed, tokens=tokens)
+        plan, present = segments.plan(*given), given[2]
+        open_sum = torch.randn(5, z.shape[2] - rule.num_states * rule.rank) * (given[3][:, None] > 0)
+        arguments = (z, bias, state, open_sum, rule, plan, present)
+        fused = cpu.advance_segments(*arguments)
+        with monkeypatch.context() as parts:
+            parts.setattr(cpu, "advance_segments", lambda *_: None)
+            expected = ops.advance_segments(*arguments)
+        torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_fused_segments_leave_to_others_what_is_not_as_it_should_be():
+    rule = Rule(1, 8)
+    z, bias, state = projections(rule, batch=5, tokens=12)
+    plan, open_sum = segments.plan(*stream(0)), torch.zeros(5, 24)
+    assert cpu.advance_segments(z, bias, state, open_sum, rule, plan, None) is not None
+    assert cpu.advance_segments(z, bias, state, open_sum[:, 1:], rule, plan, None) is None
+    assert cpu.advance_segments(z[:, :-1], bias, state, open_sum, rule, plan, None) is None
+    ids, *rest = stream(0)
+    assert cpu.plan_segments(ids.int(), *rest) is None
+    assert ops.plan_segments(ids.int(), *rest).ends.equal(plan.ends)
+
+
+# One token's small products
+
+
+@pytest.mark.parametrize("width", (1, 7, 8, 24, 37), ids="width{}".format)
+@pytest.mark.parametrize("shape", ((1, 1), (2, 2)), ids=str)
+def test_small_products(shape, width):
+    torch.manual_seed(0)
+    x, weight, output = torch.randn(*shape, width), torch.randn(11, width), torch.randn(*shape, 11)
+    torch.testing.assert_close(ops.project(x, weight), x @ weight.T, atol=1e-5, rtol=1e-5)
+    expected = output + 2.5 * x @ weight.T
+    rows = x.view(-1, width)
+    assert cpu.add_product(output, rows, weight, 2.5)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert not cpu.add_product(output, rows.double(), weight, 2.5)
+    assert not cpu.add_product(output, rows, weight[:, 1:], 2.5)
+    assert cpu.project(torch.randn(3, 3, width), weight) is None
+    assert cpu.project(x.mT.contiguous().mT, weight) is None or shape == (1, 1) or width == 1
 
 
 # Which backend is taken

@@ -221,7 +221,8 @@ class MemoryCall:
         self.moved: dict[torch.device, WritePlan] = {}  # the plan on other devices
         self.states = dict(memory.layers)
         self.open_sums = {} if memory.open_segment is None else dict(memory.open_segment.sums)
-        self.left: dict[int, tuple[Tensor, Tensor | None]] = {}
+        # None once committed: what checkpointing's second forward leaves would only keep its graph alive.
+        self.left: dict[int, tuple[Tensor, Tensor | None]] | None = {}
         self.inputs: dict[int, Tensor] | None = {} if keep_inputs else None
         self.trace = trace
         self.gates: dict[int, Tensor] = {}
@@ -233,7 +234,7 @@ class MemoryCall:
         whole = self.inputs is None and self.trace is None and plan.segments is None and not plan.read_only
         if hidden.shape[1] == 1 and whole:
             reads, state = adapter.step(hidden, self.states[index], plan)
-            self.left[index] = (state, None)
+            self._leave(index, state)
             return reads
         return self.advance(index, adapter, adapter.project(hidden))
 
@@ -241,12 +242,22 @@ class MemoryCall:
         """`take` from the adapter's projections on."""
         plan, before = self._plan_on(z.device), self.open_sums.get(index)
         reads, state, open_sum = adapter.advance(z, self.states[index], before, plan)
-        self.left[index] = (state, open_sum)
+        gates = None
         if self.trace is not None and not plan.read_only:
-            self.gates[index] = adapter.write_gates(z, before, plan)
+            gates = adapter.write_gates(z, before, plan)
+        self._leave(index, state, open_sum, gates)
         if self.inputs is not None:
             self.inputs[index] = z
         return reads
+
+    def _leave(
+        self, index: int, state: Tensor, open_sum: Tensor | None = None, gates: Tensor | None = None
+    ) -> None:
+        if self.left is None:
+            return
+        self.left[index] = (state, open_sum)
+        if gates is not None:
+            self.gates[index] = gates
 
     def measure(self, index: int, adapter: DeltaMemory, head: str, reads: Tensor, output: Tensor) -> None:
         """Notes for the trace how large the correction of `head` by `reads` is beside `output`."""
@@ -273,7 +284,8 @@ class MemoryCall:
         Raises:
             UnsupportedBackboneError: the backbone did not hand the call on to every layer.
         """
-        missed = [index for index in self.states if index not in self.left]
+        left, self.left = self.left, None
+        missed = [index for index in self.states if index not in left]
         if missed:
             raise UnsupportedBackboneError(
                 f"the backbone did not hand the memory on to the attention of layer(s) {missed}."
@@ -283,12 +295,12 @@ class MemoryCall:
         if self.plan.read_only:
             return
         memory, segments = self.memory, self.plan.segments
-        memory.layers = {i: _renew(memory.layers[i], self.left[i][0]) for i in memory.layers}
+        memory.layers = {i: _renew(memory.layers[i], left[i][0]) for i in memory.layers}
         memory.tokens_written = _renew(memory.tokens_written, memory.tokens_written + self.plan.tokens)
         if segments is not None:
             before = memory.open_segment
             memory.open_segment = OpenSegment(
-                {i: _renew(before.sums[i], self.left[i][1]) for i in before.sums},
+                {i: _renew(before.sums[i], left[i][1]) for i in before.sums},
                 _renew(before.count, segments.open_count),
                 _renew(before.ids, segments.open_ids),
             )

@@ -8,10 +8,8 @@ The reader's path through one call, for one layer, on its attention's input h [b
     correct        a reading -> the correction of q, k, v or o: alpha / r * s * W_delta m
 
 `WritePlan` says, once for all layers, which tokens read, which write, and where segments end.
-Under segment writes (SSW) the mean of a segment's tokens is written once, when the segment ends. All its
-tokens read what the segments before have left, and a read comes before the write of the same token;
-so it is the recurrence of token writes with every write but the one at a segment's last token held back,
-and that one made of the mean. Means are taken of z: a mean of projections is the projection of the mean.
+Under segment writes (SSW) the mean of a segment's tokens is written once, when the segment ends; see
+`ops/segments.py`. Means are taken of z: a mean of projections is the projection of the mean.
 
 A `DeltaMemory` holds weights only. States come in and go out as values.
 """
@@ -28,7 +26,7 @@ from torch.nn import functional as F
 from . import ops
 from .config import HEADS, DeltaMemConfig
 from .files import version
-from .ops.activation import direction
+from .ops import SegmentPlan
 from .state import MemoryState
 
 
@@ -78,34 +76,6 @@ class MemoryTrace:
     corrections: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
-@dataclass
-class SegmentPlan:
-    """Segments of one call. Index 0 is the segment left open by the call before; others follow.
-
-    Attributes:
-        closes: bool [batch]: rows whose open segment ended before this call's first token.
-        index: int64 [batch, tokens]: the segment a token belongs to.
-        member: bool [batch, tokens]: tokens that count in their segment's mean.
-        ends: bool [batch, tokens]: tokens at which a segment ends and is written.
-        open_before: float32 [batch]: tokens in the segment left open by the call before.
-        counts: float32 [batch, tokens + 1]: tokens in each segment.
-        last: int64 [batch]: the segment at the call's end.
-        stays_open: bool [batch]: rows whose last segment stays open.
-        open_count, open_ids: int64 [batch]: of the segments open when the call ends.
-    """
-
-    closes: Tensor
-    index: Tensor
-    member: Tensor
-    ends: Tensor
-    open_before: Tensor
-    counts: Tensor
-    last: Tensor
-    stays_open: Tensor
-    open_count: Tensor
-    open_ids: Tensor
-
-
 def plan_writes(
     memory: MemoryState,
     shape: tuple[int, int],
@@ -128,51 +98,25 @@ def plan_writes(
     if write is False:
         return WritePlan(mask, read_only=True)
     writes = None if write is True else write
-    present = [flags for flags in (mask, writes) if flags is not None]
     if memory.open_segment is None:
-        tokens = torch.stack(present).all(0).sum(1) if present else shape[1]
+        given = [flags for flags in (mask, writes) if flags is not None]
+        tokens = torch.stack(given).all(0).sum(1) if given else shape[1]
         return WritePlan(mask, writes=writes, tokens=tokens)
 
     device, before = memory.tokens_written.device, memory.open_segment
-    writes = torch.ones(shape, dtype=torch.bool, device=device)
-    for flags in present:
-        writes = writes & flags
-    ids = torch.zeros(shape, dtype=torch.int64, device=device) if segment_ids is None else segment_ids
-    position = torch.arange(shape[1], device=device).expand(shape)
-    # The id of the writing token before each token, over gaps of padding and of read-only tokens.
-    seen = torch.where(writes, position, -1).cummax(1).values
-    before_token = F.pad(seen[:, :-1], (1, 0), value=-1)
-    open_id = torch.where(before.count > 0, before.ids, -1).unsqueeze(1)
-    id_before = torch.where(before_token < 0, open_id, ids.gather(1, before_token.clamp(min=0)))
-    index = (writes & (ids != id_before)).long().cumsum(1)
-    member = writes & (ids >= 0)
-
-    # A segment ends at the last token before the next one starts, whether or not that token writes.
-    present = torch.ones_like(writes) if mask is None else mask
-    final = torch.full((shape[0], shape[1] + 1), -1, dtype=torch.int64, device=device)
-    final = final.scatter_reduce(1, index, torch.where(present, position, -1), "amax")
-    last = index[:, -1]
-    any_writes = writes.any(1)
-    last_id = torch.where(any_writes, ids.gather(1, seen[:, -1:].clamp(min=0)).squeeze(1), open_id[:, 0])
-    closes = any_writes & (before.count > 0) & (final[:, 0] < 0)
-
-    open_before = before.count.float()
-    counts = torch.zeros(final.shape, dtype=torch.float32, device=device)
-    counts = counts.scatter_add(1, index, member.float())
-    counts[:, 0] += open_before.masked_fill(closes, 0)
-    ends = present & (position == final.gather(1, index)) & (counts.gather(1, index) > 0)
-    # A row that nobody writes to in this call is left as it is, its open segment included.
-    ends = ends & any_writes.unsqueeze(1)
-    stays_open = ~any_writes
-    if keep_segment_open is not False:
-        goes_on = torch.ones_like(any_writes) & keep_segment_open
-        stays_open = stays_open | (goes_on & (last_id >= 0))
-        ends = ends & ~(goes_on.unsqueeze(1) & (index == last.unsqueeze(1)))
-    open_count = counts.gather(1, last.unsqueeze(1)).squeeze(1).long() * stays_open
-    segments = SegmentPlan(
-        closes, index, member, ends, open_before, counts, last, stays_open, open_count, last_id
+    everyone = torch.ones((), dtype=torch.bool, device=device)
+    mine = everyone.expand(shape) if writes is None else writes
+    segments = ops.plan_segments(
+        torch.zeros((), dtype=torch.int64, device=device).expand(shape)
+        if segment_ids is None
+        else segment_ids,
+        mine if mask is None else mine & mask,
+        everyone.expand(shape) if mask is None else mask,
+        before.count,
+        before.ids,
+        (everyone & keep_segment_open).expand(shape[0]),
     )
-    return WritePlan(mask, writes=writes, segments=segments, tokens=member.sum(1))
+    return WritePlan(mask, writes=writes, segments=segments, tokens=segments.member.sum(1))
 
 
 class DeltaMemory(nn.Module):
@@ -265,7 +209,7 @@ class DeltaMemory(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """z float32 [batch, tokens, 3 D + G (+ G)] of hidden [batch, tokens, hidden]."""
-        return F.linear(hidden, self._weight("in_proj", hidden.dtype)).float()
+        return ops.project(hidden, self._weight("in_proj", hidden.dtype))
 
     def advance(
         self, z: Tensor, state: Tensor, open_sum: Tensor | None, plan: WritePlan
@@ -281,21 +225,15 @@ class DeltaMemory(nn.Module):
         Returns:
             reads float32 [batch, tokens, D]; the new state; the new open sum. None of the inputs changes.
         """
+        bias = self.gate_bias.float()
         if plan.read_only:
-            with torch.autocast(z.device.type, enabled=False):
-                query = direction(z[..., : self.config.width], self.rule)
-                reads = torch.einsum("bhij,bthj->bthi", state, query)
-            if plan.mask is not None:
-                reads = reads.masked_fill(~plan.mask[..., None, None], 0)
-            return reads.flatten(2), state, open_sum
-
-        writes, segments = plan.writes, plan.segments
-        if segments is not None:
-            state = self.close_segment(state, open_sum, segments.open_before, segments.closes)
-            query, written = z.split([self.config.width, z.shape[-1] - self.config.width], -1)
-            means, open_sum = _segment_means(written, open_sum, segments)
-            z, writes = torch.cat([query, means], -1), segments.ends
-        reads, state = ops.advance(z, self.gate_bias.float(), state, self.rule, writes, plan.mask)
+            reads = ops.read(z, bias, state, self.rule, plan.mask)
+        elif plan.segments is None:
+            reads, state = ops.advance(z, bias, state, self.rule, plan.writes, plan.mask)
+        else:
+            reads, state, open_sum = ops.advance_segments(
+                z, bias, state, open_sum, self.rule, plan.segments, plan.mask
+            )
         return reads.flatten(2), state, open_sum
 
     def step(self, hidden: Tensor, state: Tensor, plan: WritePlan) -> tuple[Tensor, Tensor]:
@@ -321,7 +259,7 @@ class DeltaMemory(nn.Module):
         if plan.segments is not None:
             # The open sums are of what is written: z without its queries.
             open_beta = open_sum.narrow(-1, start - self.config.width, size)
-            beta = _segment_means(beta, open_beta, plan.segments)[0]
+            beta = ops.segments.means(beta, open_beta, plan.segments)[0]
         return torch.sigmoid(beta + self.split_gate_bias()["beta"].float())
 
     def correct(self, head: str, reads: Tensor, output: Tensor, in_place: bool = False) -> Tensor:
@@ -346,8 +284,7 @@ class DeltaMemory(nn.Module):
             return output + (norm * self.o_norm_weight).to(output.dtype)
         reads = reads.view(-1, reads.shape[-1])
         if in_place:
-            output.view(-1, output.shape[-1]).addmm_(reads, weight.t(), alpha=scale)
-            return output
+            return ops.add_product(output, reads, weight, scale)
         return output.flatten(0, -2).addmm(reads, weight.t(), alpha=scale).view(output.shape)
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -365,9 +302,7 @@ class DeltaMemory(nn.Module):
 
     def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor) -> Tensor:
         """The state after the open segment is written, in the rows (bool [batch]) where it is to be."""
-        mean = open_sum / count.clamp(min=1).unsqueeze(1)
-        z = F.pad(mean, (self.config.width, 0)).unsqueeze(1)  # nobody reads
-        return ops.advance(z, self.gate_bias.float(), state, self.rule, rows.unsqueeze(1))[1]
+        return ops.close_segment(self.gate_bias.float(), state, open_sum, count, rows, self.rule)
 
 
 def _to(value, device: torch.device):
@@ -377,16 +312,3 @@ def _to(value, device: torch.device):
     if value is None or isinstance(value, (bool, int)):
         return value
     return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
-
-
-def _segment_means(written: Tensor, open_sum: Tensor, segments: SegmentPlan) -> tuple[Tensor, Tensor]:
-    """The mean of each token's segment [batch, tokens, features], and the sums of the segments left open."""
-    index = segments.index.unsqueeze(-1).expand_as(written)
-    members = written.masked_fill(~segments.member.unsqueeze(-1), 0)
-    sums = written.new_zeros(written.shape[0], written.shape[1] + 1, written.shape[2])
-    sums = sums.scatter_add(1, index, members)
-    sums[:, 0] += open_sum.masked_fill(segments.closes.unsqueeze(1), 0)
-    counts = segments.counts.gather(1, segments.index).clamp(min=1)
-    last = segments.last[:, None, None].expand(-1, 1, written.shape[2])
-    left_open = sums.gather(1, last).squeeze(1) * segments.stays_open.unsqueeze(1)
-    return sums.gather(1, index) / counts.unsqueeze(-1), left_open

@@ -1,8 +1,12 @@
 """The recurrence of δ-mem on tensors: every token reads the state, then is written into it.
 
 `delta_rule` is the public function. It checks its inputs, turns masks and packed sequences into plain
-dense tensors, and hands them to a backend: one file per way to compute the same function. `advance` is what
-a layer calls: the same, from the layer's projections on. `step` does one token from the layer's input on.
+dense tensors, and hands them to a backend: one file per way to compute the same function.
+
+A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads, and
+the state after), `step` (both, for one token), `advance_segments` (the same under segment writes), `read`
+(nothing is written) and `add_product` (reads to a correction). Where a compiled backend can do one of these in
+one go, and no gradient is wanted, it does.
 """
 
 from collections.abc import Callable
@@ -12,10 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import chunked, cpu, naive, triton
-from .activation import Rule, activate
+from . import chunked, cpu, naive, segments, triton
+from .activation import Rule, activate, direction
+from .segments import SegmentPlan
 
-__all__ = ["BACKENDS", "Rule", "advance", "delta_rule", "step"]
+__all__ = [
+    "BACKENDS",
+    "Rule",
+    "SegmentPlan",
+    "add_product",
+    "advance",
+    "advance_segments",
+    "close_segment",
+    "delta_rule",
+    "plan_segments",
+    "project",
+    "read",
+    "step",
+]
 
 # Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
 # six tensors [batch, tokens, states, rank], none empty, not necessarily contiguous, and the state
@@ -162,7 +180,7 @@ def advance(
     Returns:
         The reads [batch, tokens, states, rank], and the state after the last token.
     """
-    if not (torch.is_grad_enabled() and (z.requires_grad or gate_bias.requires_grad or state.requires_grad)):
+    if not _learns(z, gate_bias, state):
         for name, fused in FUSED.items():
             if backend in ("auto", name):
                 results = fused(z, gate_bias, state, rule, writes, mask)
@@ -198,14 +216,109 @@ def step(
     Returns:
         The reads [batch, 1, states, rank] in hidden's dtype, and the state after the token.
     """
-    learned = (hidden, in_proj, gate_bias, state)
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in learned)):
-        results = triton.step(*learned, rule, writes, mask)
+    if not _learns(hidden, in_proj, gate_bias, state):
+        for fused in (cpu.step, triton.step):
+            results = fused(hidden, in_proj, gate_bias, state, rule, writes, mask)
+            if results is not None:
+                return results
+    reads, state = advance(project(hidden, in_proj), gate_bias, state, rule, writes, mask)
+    return reads.to(hidden.dtype), state
+
+
+def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
+    """z float32 [batch, tokens, features] of a layer's input.
+
+    Args:
+        hidden: [batch, tokens, size], any floating dtype.
+        in_proj: [features, size]; used in hidden's dtype.
+    """
+    if not _learns(hidden, in_proj):
+        z = cpu.project(hidden, in_proj)
+        if z is not None:
+            return z
+    return F.linear(hidden, in_proj.to(hidden.dtype)).float()
+
+
+def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor | None = None) -> Tensor:
+    """The reads of `advance`, where no token writes."""
+    if not _learns(z, state):
+        nobody = torch.zeros((), dtype=torch.bool, device=z.device).expand(z.shape[:2])
+        results = cpu.advance(z, gate_bias, state, rule, nobody, mask)
+        if results is not None:
+            return results[0]
+    with torch.autocast(z.device.type, enabled=False):
+        query = direction(z[..., : rule.num_states * rule.rank], rule)
+        reads = torch.einsum("bhij,bthj->bthi", state, query)
+    return reads if mask is None else reads.masked_fill(~mask[..., None, None], 0)
+
+
+def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """output + scale * x weightᵀ, in the place of `output` [batch, tokens, size]. For inference.
+
+    Args:
+        output: contiguous.
+        x: [batch * tokens, width], of the output's dtype.
+        weight: [size, width], likewise.
+        scale: a number.
+    """
+    if not cpu.add_product(output, x, weight, scale):
+        output.view(-1, output.shape[-1]).addmm_(x, weight.t(), alpha=scale)
+    return output
+
+
+def plan_segments(
+    ids: Tensor, writes: Tensor, present: Tensor, open_count: Tensor, open_ids: Tensor, keep_open: Tensor
+) -> SegmentPlan:
+    """Where the segments of one call begin and end: see `segments.plan`."""
+    given = (ids, writes, present, open_count, open_ids, keep_open)
+    plan = cpu.plan_segments(*given)
+    return segments.plan(*given) if plan is None else plan
+
+
+def advance_segments(
+    z: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    open_sum: Tensor,
+    rule: Rule,
+    plan: SegmentPlan,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`advance` where the mean of each segment is written at its end.
+
+    Args:
+        z, gate_bias, state, rule, mask: as in `advance`.
+        open_sum: float32 [batch, features - D]: sums over the segments left open of what will be written, the
+            part of z behind the queries. Not modified.
+        plan: of the call.
+
+    Returns:
+        The reads, the state, and the sums of the segments left open now.
+    """
+    if not _learns(z, gate_bias, state, open_sum):
+        results = cpu.advance_segments(z, gate_bias, state, open_sum, rule, plan, mask)
         if results is not None:
             return results
-    z = F.linear(hidden, in_proj.to(hidden.dtype)).float()
-    reads, state = advance(z, gate_bias, state, rule, writes, mask)
-    return reads.to(hidden.dtype), state
+    state = close_segment(gate_bias, state, open_sum, plan.open_before, plan.closes, rule)
+    width = rule.num_states * rule.rank
+    query, written = z.split([width, z.shape[-1] - width], -1)
+    means, open_sum = segments.means(written, open_sum, plan)
+    reads, state = advance(torch.cat([query, means], -1), gate_bias, state, rule, plan.ends, mask)
+    return reads, state, open_sum
+
+
+def close_segment(
+    gate_bias: Tensor, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor, rule: Rule
+) -> Tensor:
+    """The state after the open segments are written, in the rows (bool [batch]) where they are to be."""
+    mean = open_sum / count.clamp(min=1).unsqueeze(1)
+    z = F.pad(mean, (rule.num_states * rule.rank, 0)).unsqueeze(1)  # nobody reads
+    return advance(z, gate_bias, state, rule, rows.unsqueeze(1))[1]
+
+
+def _learns(*tensors: Tensor) -> bool:
+    """Whether gradients are wanted of a computation with these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _check_tensors(floats: dict, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:

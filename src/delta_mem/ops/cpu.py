@@ -6,7 +6,11 @@ to do, they are shared out to as many threads as torch may use. One state is not
 vectors, and half of them take a thread as long as all.
 
 The backward pass computes the states again, from marks that the forward pass leaves every 64 tokens.
-`advance` is one compiled call from a layer's projections to its reads, for inference.
+
+For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments` take
+it from its projections to its reads, `project` and `add_product` do one token's small products. In decoding the
+processor's caches are full of the model's weights, and what costs is not arithmetic but to start an operation:
+ten times what it takes when nothing else runs. So few calls, and few checks before them.
 
 The threads are Python's, in kernels that release the GIL. numba's own parallel loops would not do: the
 threads that it always has abort the process when two Python threads enter at once, and those of OpenMP
@@ -31,12 +35,16 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .activation import Rule
+from .segments import SegmentPlan
 
 # To compile for rank 64 takes seconds, for rank 128 a minute.
 MAX_RANK = 64
 
 # Entries of states times tokens that are worth another thread. They take 0.2 ms, to wake one 0.05 ms.
 WORTH_A_THREAD = 1 << 20
+
+# Tokens up to which a plain loop beats a matrix product's start.
+FEW = 4
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -89,52 +97,188 @@ def advance(
     z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """See `delta_mem.ops.FUSED`."""
-    states, rank = rule.num_states, rule.rank
-    if not usable((z, gate_bias, state), rank) or z.ndim != 3:
+    if not usable((z, gate_bias, state), rule.rank) or not _fit(z, gate_bias, state, rule, writes, mask):
         return None
-    # The kernel believes what it is told; what is not as it should be is left to those who complain.
-    float32 = torch.float32
-    features, gates, flags, kernel = _plan(rule)
-    batch, tokens, width = z.shape
+    return _advance(z, gate_bias, state, rule, writes, mask)
+
+
+def advance_segments(
+    z: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    open_sum: Tensor,
+    rule: Rule,
+    plan: SegmentPlan,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """See `delta_mem.ops.advance_segments`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
+    tensors = (z, gate_bias, state, open_sum)
+    if not usable(tensors, rule.rank) or not _fit(z, gate_bias, state, rule, plan.ends, mask):
+        return None
+    parts = (open_sum, plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open)
     if (
-        width != features
-        or not batch
-        or not tokens
-        or gate_bias.shape != (gates,)
-        or state.shape != (batch, states, rank, rank)
-        or z.dtype is not float32
-        or gate_bias.dtype is not float32
-        or state.dtype is not float32
-        or not gate_bias.is_cpu
-        or not state.is_cpu
-        or not (writes is None or _are_flags(writes, batch, tokens))
-        or not (mask is None or _are_flags(mask, batch, tokens))
+        open_sum.shape != (z.shape[0], z.shape[2] - rule.num_states * rule.rank)
+        or open_sum.dtype is not torch.float32
+        or not all(x.is_cpu and x.is_contiguous() for x in parts)
     ):
         return None
+    reads, final = _results(z, rule)
+    new_sum = torch.empty_like(open_sum)
+    segments = (new_sum.data_ptr(), *(x.data_ptr() for x in parts))
+    _run("advance_segments", z, gate_bias, state, mask, reads, final, rule, segments)
+    return reads, final, new_sum
 
-    by_batch, by_token, by_feature = z.stride()
-    if by_feature != 1:
+
+def step(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    rule: Rule,
+    writes: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """See `delta_mem.ops.step`; for few rows in float32, else None."""
+    z = project(hidden, in_proj)
+    # What `project` took may be computed here: another look at that would cost as much as the kernel.
+    if z is None or not _PLAIN.issuperset((type(gate_bias), type(state))):
+        return None
+    if rule.rank > MAX_RANK or not _fit(z, gate_bias, state, rule, writes, mask):
+        return None
+    return _advance(z, gate_bias, state, rule, writes, mask)
+
+
+def project(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """See `delta_mem.ops.project`; for few tokens in float32, else None."""
+    tokens = hidden.shape[:-1].numel()
+    if hidden.ndim != 3 or weight.ndim != 2 or tokens > FEW or not hidden.is_contiguous():
+        return None
+    z = hidden.new_zeros(*hidden.shape[:2], weight.shape[0])
+    return z if add_product(z, hidden.view(tokens, hidden.shape[2]), weight, 1.0) else None
+
+
+def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> bool:
+    """See `delta_mem.ops.add_product`; for few tokens in float32. Whether it was done."""
+    tokens, width = x.shape
+    size = weight.shape[0]
+    if (
+        not 0 < tokens <= FEW
+        or weight.shape[1] != width
+        or output.shape[-1] != size
+        or output.numel() != tokens * size
+        or not _are_plain_float32((output, x, weight))
+    ):
+        return False
+    pointers = (output.data_ptr(), x.data_ptr(), weight.data_ptr())
+    _kernels().kernel("add_product", 8)(*pointers, scale, (tokens, size, width))
+    return True
+
+
+def plan_segments(
+    ids: Tensor, writes: Tensor, present: Tensor, open_count: Tensor, open_ids: Tensor, keep_open: Tensor
+) -> SegmentPlan | None:
+    """See `delta_mem.ops.segments.plan`; None for what it does not take."""
+    given = (ids, writes, present, open_count, open_ids, keep_open)
+    dtypes = (torch.int64, torch.bool, torch.bool, torch.int64, torch.int64, torch.bool)
+    if not usable(given, 0) or not all(
+        x.is_cpu and x.dtype is dtype for x, dtype in zip(given, dtypes, strict=True)
+    ):
+        return None
+    batch, tokens = ids.shape
+    plan = SegmentPlan(
+        closes=keep_open.new_empty(batch),
+        index=ids.new_empty(batch, tokens),
+        member=keep_open.new_empty(batch, tokens),
+        ends=keep_open.new_empty(batch, tokens),
+        open_before=open_count.float(),
+        counts=torch.empty(batch, tokens + 1),
+        stays_open=keep_open.new_empty(batch),
+        open_count=ids.new_empty(batch),
+        open_ids=ids.new_empty(batch),
+    )
+    _kernels().plan_segments(
+        tuple(x.numpy() for x in (ids, writes, present)),
+        tuple(x.numpy() for x in (open_count, open_ids)),
+        keep_open.numpy(),
+        plan.index.numpy(),
+        tuple(x.numpy() for x in (plan.member, plan.ends)),
+        plan.counts.numpy(),
+        tuple(x.numpy() for x in (plan.closes, plan.stays_open)),
+        tuple(x.numpy() for x in (plan.open_count, plan.open_ids)),
+    )
+    return plan
+
+
+def _advance(
+    z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    reads, final = _results(z, rule)
+    _run("advance", z, gate_bias, state, mask, reads, final, rule, _NONE if writes is None else _view(writes))
+    return reads, final
+
+
+def _fit(
+    z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None
+) -> bool:
+    """Whether all is as the kernel believes; what is not is left to those who complain."""
+    if z.ndim != 3:
+        return False
+    batch, tokens, width = z.shape
+    features, gates, _ = _layout(rule)
+    return (
+        width == features
+        and batch > 0
+        and tokens > 0
+        and gate_bias.shape == (gates,)
+        and state.shape == (batch, rule.num_states, rule.rank, rule.rank)
+        and z.dtype is gate_bias.dtype is state.dtype is torch.float32
+        and gate_bias.is_cpu
+        and state.is_cpu
+        and (writes is None or _are_flags(writes, batch, tokens))
+        and (mask is None or _are_flags(mask, batch, tokens))
+    )
+
+
+def _results(z: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Where the reads and the final state go."""
+    batch, tokens, _ = z.shape
+    states, rank = rule.num_states, rule.rank
+    return z.new_empty(batch, tokens, states, rank), z.new_empty(batch, states, rank, rank)
+
+
+def _run(
+    name: str,
+    z: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    mask: Tensor | None,
+    reads: Tensor,
+    final: Tensor,
+    rule: Rule,
+    own: tuple[int, ...],
+) -> None:
+    """The kernel `advance` or `advance_segments`; `own` is the argument that the other one has not."""
+    kernel = _kernels().kernel(name, rule.rank)
+    if z.stride(2) != 1:
         z = z.contiguous()
-        by_batch, by_token, _ = z.stride()
     gate_bias = gate_bias.contiguous()
-    reads = z.new_empty(batch, tokens, states, rank)
-    final = z.new_empty(batch, states, rank, rank)
+    by_batch, by_token, _ = z.stride()
     tensors = (
         (z.data_ptr(), by_batch, by_token),
         gate_bias.data_ptr(),
         _view(state),
-        _NONE if writes is None else _view(writes),
         _NONE if mask is None else _view(mask),
         _view(reads),
         _view(final),
-        flags,
+        own,
+        _layout(rule)[2],
     )
+    batch, tokens, states, rank = reads.shape
     lanes, work = batch * states, tokens * rank * rank
     if lanes * work < 2 * WORTH_A_THREAD:  # as in decoding, where a microsecond counts
         kernel(*tensors, (states, tokens, 0, lanes))
     else:
         _share_out(lambda first, last: kernel(*tensors, (states, tokens, first, last)), lanes, work)
-    return reads, final
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -205,6 +349,11 @@ _NONE = (0, 0, 0)
 
 def _are_flags(x: Tensor, batch: int, tokens: int) -> bool:
     return x.dtype is torch.bool and x.shape == (batch, tokens) and x.is_cpu
+
+
+def _are_plain_float32(tensors: Sequence[Tensor]) -> bool:
+    float32 = torch.float32
+    return usable(tensors, 0) and all(x.is_cpu and x.dtype is float32 and x.is_contiguous() for x in tensors)
 
 
 def _view(x: Tensor) -> tuple[int, ...]:
@@ -291,12 +440,12 @@ def _kernel(name: str, like: Tensor) -> Callable[..., None]:
 
 
 @functools.cache
-def _plan(rule: Rule) -> tuple[int, int, tuple[int, int, int], Callable[..., None]]:
-    """What `advance` needs to know of a rule: features in z, biases, the kernel's flags, the kernel."""
-    kernels, sections = _kernels(), rule.sections
+def _layout(rule: Rule) -> tuple[int, int, tuple[int, int, int]]:
+    """What the kernels need to know of a rule: features in z, biases, and its flags."""
+    sections = rule.sections
     gates = sections["beta"] + sections.get("lambda", 0)
-    flags = (int(rule.tied_gates), int(rule.per_row_gates), kernels.UPDATES.index(rule.update))
-    return sum(sections.values()), gates, flags, kernels.kernel("advance", rule.rank)
+    flags = (int(rule.tied_gates), int(rule.per_row_gates), _kernels().UPDATES.index(rule.update))
+    return sum(sections.values()), gates, flags
 
 
 def _watched() -> bool:

@@ -1,4 +1,4 @@
-"""The loops of `cpu.py`, compiled by numba: `forward`, `backward` and `advance`. Needs numba to be imported.
+"""The loops of `cpu.py`, compiled by numba, which must be there to import this file.
 
 One state is rank × rank numbers. Its rows never meet, so they are the lanes of the processor's vectors:
 `Vector(rank × float)` is a type of this file, taught to numba below, and a state lies in memory
@@ -150,6 +150,16 @@ def _total(typing, x):
 
 
 @intrinsic
+def _first(typing, x):
+    """The number in a vector's first lane."""
+
+    def codegen(context, builder, sig, args):
+        return builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
+
+    return x.scalar(x), codegen
+
+
+@intrinsic
 def _power_of_two(typing, x):
     """2^n of n + 1.5 · 2^23, whose low bits are the integer n, −126 ≤ n ≤ 127 (float32)."""
 
@@ -187,6 +197,16 @@ def _byte(typing, address):
         return builder.load(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
 
     return types.uint8(address), codegen
+
+
+@intrinsic
+def _int64(typing, address):
+    """The integer at an address."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
+
+    return types.int64(address), codegen
 
 
 @intrinsic
@@ -417,20 +437,58 @@ def _direction(x):
 
 
 @njit(**OPTIONS)
-def _gate(z, at, per_row, bias, bias_at, like):
-    if per_row:
-        return _sigmoid(_load(z, at, like) + _load(bias, bias_at, like))
-    return _sigmoid(_fill(z[at] + bias[bias_at], like))
+def _gate(x, at, per_row, like):
+    """A gate before its activation: one number per row of the state, or one for all of them."""
+    return _load(x, at, like) if per_row else _fill(x[at], like)
 
 
 @njit(**OPTIONS)
-def _advance(like, z, bias, state, writes, mask, reads, final, rule, sizes):
+def _store_gate(x, at, per_row, gate):
+    if per_row:
+        _store(x, at, gate)
+    else:
+        x[at] = _first(gate)
+
+
+@njit(**OPTIONS)
+def _is_set(flags, batch, t):
+    """Whether a token's flag is set; where there are none, all are."""
+    return flags[0] == 0 or _byte(flags[0] + batch * flags[1] + t * flags[2]) != 0
+
+
+@njit(**OPTIONS)
+def _read_token(S, x, query):
+    _store(x, 0, _direction(query))
+    return _apply(S, x, (0, 0, 0, 0, 1), 0, query)
+
+
+@njit(**OPTIONS)
+def _write_token(S, x, key, value, beta, kept, bias, at, gates, rule):
+    """Writes a token, or a segment's mean, of these projections; `kept` is the keep gate's, unless tied."""
     tied, per_row, update = rule
+    _store(x, 0, _direction(key))
+    write = _sigmoid(beta + _gate(bias, at, per_row, key))
+    keep, erase = 1.0 - write, write
+    if update == NO_DECAY:
+        keep = _fill(1.0, key)
+    else:
+        if not tied:
+            keep = _sigmoid(kept + _gate(bias, gates + at, per_row, key))
+        if update == DECAY_OUTSIDE:
+            erase = keep * write
+    one_token = (0, 0, 0, 0, 1)
+    u = write * value - erase * _apply(S, x, one_token, 0, key)
+    _update(S, keep, u, x, one_token, 0, key)
+
+
+@njit(**OPTIONS)
+def _advance(like, z, bias, state, mask, reads, final, writes, rule, sizes):
+    tied, per_row, _ = rule
     states, tokens, first, last = sizes
     rank = _rank(like)
     width = states * rank
     gates = width if per_row else states
-    S, x, one_token = _local_state(like), _local_vector(like), (0, 0, 0, 0, 1)
+    S, x = _local_state(like), _local_vector(like)
     bias_ = _pointer(bias, 0, like)
     for lane in range(first, last):
         batch, h = lane // states, lane % states
@@ -438,26 +496,156 @@ def _advance(like, z, bias, state, writes, mask, reads, final, rule, sizes):
         _load_state(S, state, batch, h, like)
         for t in range(tokens):
             z_ = _pointer(z[0], batch * z[1] + t * z[2], like)
-            if mask[0] != 0 and _byte(mask[0] + batch * mask[1] + t * mask[2]) == 0:
+            if not _is_set(mask, batch, t):
                 _store(reads_, t * reads[2], _fill(0.0, like))
                 continue
-            _store(x, 0, _direction(_load(z_, h * rank, like)))
-            _store(reads_, t * reads[2], _apply(S, x, one_token, 0, like))
-            if writes[0] != 0 and _byte(writes[0] + batch * writes[1] + t * writes[2]) == 0:
-                continue
-            _store(x, 0, _direction(_load(z_, width + h * rank, like)))
-            write = _gate(z_, 3 * width + at, per_row, bias_, at, like)
-            keep, erase = 1.0 - write, write
-            if update == NO_DECAY:
-                keep = _fill(1.0, like)
-            else:
-                if not tied:
-                    keep = _gate(z_, 3 * width + gates + at, per_row, bias_, gates + at, like)
-                if update == DECAY_OUTSIDE:
-                    erase = keep * write
-            u = write * _load(z_, 2 * width + h * rank, like) - erase * _apply(S, x, one_token, 0, like)
-            _update(S, keep, u, x, one_token, 0, like)
+            _store(reads_, t * reads[2], _read_token(S, x, _load(z_, h * rank, like)))
+            if _is_set(writes, batch, t):
+                key, value = _load(z_, width + h * rank, like), _load(z_, 2 * width + h * rank, like)
+                beta = _gate(z_, 3 * width + at, per_row, like)
+                kept = beta if tied else _gate(z_, 3 * width + gates + at, per_row, like)
+                _write_token(S, x, key, value, beta, kept, bias_, at, gates, rule)
         _store_state(S, final, batch, h, like)
+
+
+@njit(**OPTIONS)
+def _advance_segments(like, z, bias, state, mask, reads, final, segments, rule, sizes):
+    new_sum, open_sum, index, member, ends, closes, open_before, stays_open = segments
+    tied, per_row, _ = rule
+    states, tokens, first, last = sizes
+    rank = _rank(like)
+    width = states * rank
+    gates = width if per_row else states
+    features = 2 * width + (gates if tied else 2 * gates)  # that are written
+    S, x = _local_state(like), _local_vector(like)
+    bias_ = _pointer(bias, 0, like)
+    zeros = _fill(0.0, like)
+    for lane in range(first, last):
+        batch, h = lane // states, lane % states
+        reads_, at = _lane(reads, batch, h, like), h * (rank if per_row else 1)
+        _load_state(S, state, batch, h, like)
+
+        before = _pointer(open_sum, batch * features, like)
+        count = _pointer(open_before, batch, like)[0]
+        key, value = _load(before, h * rank, like), _load(before, width + h * rank, like)
+        beta = _gate(before, 2 * width + at, per_row, like)
+        kept = beta if tied else _gate(before, 2 * width + gates + at, per_row, like)
+        if _byte(closes + batch) != 0:
+            _write_token(S, x, key / count, value / count, beta / count, kept / count, bias_, at, gates, rule)
+            key, value, beta, kept, count = zeros, zeros, zeros, zeros, 0.0
+        here = np.int64(0)
+        for t in range(tokens):
+            place = batch * tokens + t
+            if _int64(index + 8 * place) != here:
+                here = _int64(index + 8 * place)
+                key, value, beta, kept, count = zeros, zeros, zeros, zeros, 0.0
+            if not _is_set(mask, batch, t):
+                _store(reads_, t * reads[2], zeros)
+                continue
+            z_ = _pointer(z[0], batch * z[1] + t * z[2], like)
+            _store(reads_, t * reads[2], _read_token(S, x, _load(z_, h * rank, like)))
+            if _byte(member + place) != 0:
+                key = key + _load(z_, width + h * rank, like)
+                value = value + _load(z_, 2 * width + h * rank, like)
+                beta = beta + _gate(z_, 3 * width + at, per_row, like)
+                if not tied:
+                    kept = kept + _gate(z_, 3 * width + gates + at, per_row, like)
+                count += 1.0
+            if _byte(ends + place) != 0:
+                _write_token(
+                    S, x, key / count, value / count, beta / count, kept / count, bias_, at, gates, rule
+                )
+        _store_state(S, final, batch, h, like)
+
+        if _byte(stays_open + batch) == 0:
+            key, value, beta, kept = zeros, zeros, zeros, zeros
+        after = _pointer(new_sum, batch * features, like)
+        _store(after, h * rank, key)
+        _store(after, width + h * rank, value)
+        _store_gate(after, 2 * width + at, per_row, beta)
+        if not tied:
+            _store_gate(after, 2 * width + gates + at, per_row, kept)
+
+
+# ---- small products of one token -----------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def _add_product(like, output, x, weight, scale, sizes):
+    tokens, size, width = sizes
+    lanes = _rank(like)
+    for token in range(tokens):
+        x_ = _pointer(x, token * width, like)
+        y = _pointer(output, token * size, like)
+        for i in range(size):
+            w = _pointer(weight, i * width, like)
+            # Two sums, so that one addition need not wait for the other.
+            even, odd = _fill(0.0, like), _fill(0.0, like)
+            j = 0
+            while j + 2 * lanes <= width:
+                even = even + _load(x_, j, like) * _load(w, j, like)
+                odd = odd + _load(x_, j + lanes, like) * _load(w, j + lanes, like)
+                j += 2 * lanes
+            if j + lanes <= width:
+                even = even + _load(x_, j, like) * _load(w, j, like)
+                j += lanes
+            total = _total(even + odd)
+            for rest in range(j, width):
+                total += x_[rest] * w[rest]
+            y[i] += scale * total
+
+
+# ---- where segments end --------------------------------------------------------------------------
+
+
+def _plan_segments(tokens_, open_, keep_open, index, flags_, counts, rows_, after_):
+    ids, writes, present = tokens_
+    open_count, open_ids = open_
+    member, ends = flags_
+    closes, stays_open = rows_
+    count_after, ids_after = after_
+    for row in range(ids.shape[0]):
+        here = 0  # the segment
+        final = -1  # its last token so far
+        anybody = False
+        last_id = open_ids[row] if open_count[row] > 0 else -1
+        closes[row] = False
+        counts[row] = 0.0
+        counts[row, 0] = open_count[row]
+        for t in range(ids.shape[1]):
+            member[row, t] = ends[row, t] = False
+            if writes[row, t]:
+                anybody = True
+                if ids[row, t] != last_id:
+                    if final >= 0:
+                        ends[row, final] = counts[row, here] > 0
+                    elif here == 0 and open_count[row] > 0:
+                        closes[row] = True
+                        counts[row, 0] = 0.0
+                    last_id = ids[row, t]
+                    here += 1
+                    final = -1
+                if last_id >= 0:
+                    member[row, t] = True
+                    counts[row, here] += 1.0
+            if present[row, t]:
+                final = t
+            index[row, t] = here
+        if anybody and final >= 0 and not keep_open[row]:
+            ends[row, final] = counts[row, here] > 0
+        stays_open[row] = not anybody or (keep_open[row] and last_id >= 0)
+        count_after[row] = np.int64(counts[row, here]) if stays_open[row] else 0
+        ids_after[row] = last_id
+
+
+def plan_segments(*arrays):
+    """See `segments.plan`, whose results it writes to the arrays given for them.
+
+    Args:
+        arrays: (ids, writes, present), (open_count, open_ids), keep_open; and of the plan index,
+            (member, ends), counts, (closes, stays_open), (open_count, open_ids).
+    """
+    kernel("plan_segments", 0)(*arrays)
 
 
 # ---- one compiled function per rank and dtype ----------------------------------------------------
@@ -500,29 +688,76 @@ def _make_backward(rank, dtype):
     return backward, (_INPUTS, _TENSOR, _TENSOR, _INPUTS, _TENSOR, _INT, _INT, _SIZES)
 
 
+_RULE = types.UniTuple(_INT, 3)
+_ADVANCE = (_FLAGS, _INT, _TENSOR, _FLAGS, _TENSOR, _TENSOR)
+
+
 def _make_advance(rank, dtype):
-    def advance(z, bias, state, writes, mask, reads, final, rule, sizes):
+    def advance(z, bias, state, mask, reads, final, writes, rule, sizes):
         """Activates, reads and writes; float32 only. See `ops.advance`.
 
         Args:
             z: address and strides of batch and token; the features lie side by side.
             bias: address.
-            writes, mask: bytes, address and strides of batch and token; address 0: none given.
+            mask, writes: bytes, address and strides of batch and token; address 0: none given.
             rule: tied gates, gates per row (0 or 1), and the place of its update in `UPDATES`.
         """
-        _advance(_zeros(rank, dtype), z, bias, state, writes, mask, reads, final, rule, sizes)
+        _advance(_zeros(rank, dtype), z, bias, state, mask, reads, final, writes, rule, sizes)
 
-    rule = types.UniTuple(_INT, 3)
-    return advance, (_FLAGS, _INT, _TENSOR, _FLAGS, _FLAGS, _TENSOR, _TENSOR, rule, _SIZES)
+    return advance, (*_ADVANCE, _FLAGS, _RULE, _SIZES)
 
 
-_MAKERS = {"forward": _make_forward, "backward": _make_backward, "advance": _make_advance}
+def _make_advance_segments(rank, dtype):
+    def advance_segments(z, bias, state, mask, reads, final, segments, rule, sizes):
+        """As `advance`; what is written is the segments' means. See `ops.advance_segments`.
+
+        Args:
+            segments: addresses of the new open sums, the old ones, and of the plan's index, member, ends,
+                closes, open_before and stays_open, all contiguous.
+        """
+        _advance_segments(_zeros(rank, dtype), z, bias, state, mask, reads, final, segments, rule, sizes)
+
+    return advance_segments, (*_ADVANCE, types.UniTuple(_INT, 8), _RULE, _SIZES)
+
+
+def _make_add_product(lanes, dtype):
+    def add_product(output, x, weight, scale, sizes):
+        """Adds scale * x [tokens, width] weight [size, width]ᵀ to the output, all given by their addresses."""
+        _add_product(_zeros(lanes, dtype), output, x, weight, dtype(scale), sizes)
+
+    return add_product, (_INT, _INT, _INT, types.float64, types.UniTuple(_INT, 3))
+
+
+def _make_plan_segments(_, dtype):
+    numbers, flags = types.Array(_INT, 2, "A"), types.Array(types.boolean, 2, "A")
+    row_numbers, row_flags = types.Array(_INT, 1, "A"), types.Array(types.boolean, 1, "A")
+    arguments = (
+        types.Tuple((numbers, flags, flags)),
+        types.UniTuple(row_numbers, 2),
+        row_flags,
+        numbers,
+        types.UniTuple(flags, 2),
+        types.Array(types.float32, 2, "A"),
+        types.UniTuple(row_flags, 2),
+        types.UniTuple(row_numbers, 2),
+    )
+    return _plan_segments, arguments
+
+
+_MAKERS = {
+    "forward": _make_forward,
+    "backward": _make_backward,
+    "advance": _make_advance,
+    "advance_segments": _make_advance_segments,
+    "add_product": _make_add_product,
+    "plan_segments": _make_plan_segments,
+}
 _compiled = {}
 _compiling = threading.Lock()
 
 
 def kernel(name, rank, dtype=np.float32):
-    """The compiled `forward`, `backward` or `advance` (see above) for a rank and dtype."""
+    """A compiled function of `_MAKERS` for a rank (or so many lanes) and dtype."""
     key = name, rank, dtype
     if key not in _compiled:
         with _compiling:
