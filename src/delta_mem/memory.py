@@ -107,9 +107,7 @@ def plan_writes(
     everyone = torch.ones((), dtype=torch.bool, device=device)
     mine = everyone.expand(shape) if writes is None else writes
     segments = ops.plan_segments(
-        torch.zeros((), dtype=torch.int64, device=device).expand(shape)
-        if segment_ids is None
-        else segment_ids,
+        torch.zeros_like(everyone, dtype=torch.int64).expand(shape) if segment_ids is None else segment_ids,
         mine if mask is None else mine & mask,
         everyone.expand(shape) if mask is None else mask,
         before.count,

@@ -3,10 +3,10 @@
 `delta_rule` is the public function. It checks its inputs, turns masks and packed sequences into plain
 dense tensors, and hands them to a backend: one file per way to compute the same function.
 
-A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads, and
-the state after), `step` (both, for one token), `advance_segments` (the same under segment writes), `read`
-(nothing is written) and `add_product` (reads to a correction). Where a compiled backend can do one of these in
-one go, and no gradient is wanted, it does.
+A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads,
+and the state after), `step` (both, for one token), `advance_segments` (under segment writes), `read` (nothing
+is written) and `add_product` (reads to a correction). Where a compiled backend can do one of these in one go,
+and no gradient is wanted, it does.
 """
 
 from collections.abc import Callable

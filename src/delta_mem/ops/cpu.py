@@ -7,10 +7,10 @@ vectors, and half of them take a thread as long as all.
 
 The backward pass computes the states again, from marks that the forward pass leaves every 64 tokens.
 
-For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments` take
-it from its projections to its reads, `project` and `add_product` do one token's small products. In decoding the
-processor's caches are full of the model's weights, and what costs is not arithmetic but to start an operation:
-ten times what it takes when nothing else runs. So few calls, and few checks before them.
+For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments`
+take it from its projections to its reads, `add_product` does one token's small products. In decoding the
+processor's caches are full of the model's weights, and what costs is not arithmetic but to start an
+operation: several times what it takes when nothing else runs. So few calls, and few checks before them.
 
 The threads are Python's, in kernels that release the GIL. numba's own parallel loops would not do: the
 threads that it always has abort the process when two Python threads enter at once, and those of OpenMP

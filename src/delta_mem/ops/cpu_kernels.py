@@ -722,7 +722,7 @@ def _make_advance_segments(rank, dtype):
 
 def _make_add_product(lanes, dtype):
     def add_product(output, x, weight, scale, sizes):
-        """Adds scale * x [tokens, width] weight [size, width]ᵀ to the output, all given by their addresses."""
+        """Adds scale * x [tokens, width] weight [size, width]ᵀ to the output, all by their addresses."""
         _add_product(_zeros(lanes, dtype), output, x, weight, dtype(scale), sizes)
 
     return add_product, (_INT, _INT, _INT, types.float64, types.UniTuple(_INT, 3))
