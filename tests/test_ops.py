@@ -29,6 +29,23 @@ def example(tokens, states=1, rank=8, batch=2, rule="standard", dtype=torch.floa
     return inputs | {"state": torch.randn(batch, states, rank, rank, generator=random).to(dtype)}
 
 
+def stream(seed, batch=5, tokens=12):
+    """ids, writes, present, open_count, open_ids, keep_open: as `segments.plan` takes them, of all sorts."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def chance(share, *shape):
+        return torch.rand(*shape, generator=rng) < share
+
+    ids = torch.randint(-1, 3, (batch, tokens), generator=rng)
+    ids = ids.gather(1, (chance(0.4, batch, tokens).long().cumsum(1) % tokens))  # in runs
+    present = chance(0.8, batch, tokens)
+    writes = present & chance(0.7, batch, tokens)
+    writes[0] = False
+    open_count = torch.randint(0, 3, (batch,), generator=rng)
+    open_ids = torch.where(open_count > 0, torch.randint(0, 3, (batch,), generator=rng), -1)
+    return ids, writes, present, open_count, open_ids, chance(0.5, batch)
+
+
 def exact(inputs, **options):
     """The definition, in float64."""
     return delta_rule(**{name: x.double() for name, x in inputs.items()}, **options, backend="naive")

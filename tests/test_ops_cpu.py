@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from delta_mem import ops
 from delta_mem.ops import Rule, advance, cpu, delta_rule, segments
-from test_ops import assert_close, exact, example, gradients
+from test_ops import assert_close, exact, example, gradients, stream
 
 numba = pytest.importorskip("numba")
 
@@ -327,23 +327,6 @@ def test_fused_leaves_to_others_what_is_not_as_it_should_be():
 
 
 # Segments
-
-
-def stream(seed, batch=5, tokens=12):
-    """ids, writes, present, open_count, open_ids, keep_open: as `segments.plan` takes them, of all sorts."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def chance(share, *shape):
-        return torch.rand(*shape, generator=rng) < share
-
-    ids = torch.randint(-1, 3, (batch, tokens), generator=rng)
-    ids = ids.gather(1, (chance(0.4, batch, tokens).long().cumsum(1) % tokens))  # in runs
-    present = chance(0.8, batch, tokens)
-    writes = present & chance(0.7, batch, tokens)
-    writes[0] = False
-    open_count = torch.randint(0, 3, (batch,), generator=rng)
-    open_ids = torch.where(open_count > 0, torch.randint(0, 3, (batch,), generator=rng), -1)
-    return ids, writes, present, open_count, open_ids, chance(0.5, batch)
 
 
 @pytest.mark.parametrize("tokens", (1, 2, 12), ids="tokens{}".format)

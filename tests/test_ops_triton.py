@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from delta_mem import ops
 from delta_mem.ops import Rule, delta_rule
 from delta_mem.ops import triton as backend
-from test_ops import RULES, assert_close, exact, example, gradients
+from test_ops import RULES, assert_close, exact, example, gradients, stream
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -182,6 +182,30 @@ def test_advance_and_step(update, tied, per_row, chunks_of):
             got = backend.step(token, weight, bias, state, rule, *flags)
             check(got, F.linear(token.double(), weight.double()), *flags)
         assert torch.equal(state, before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("tied, per_row", [(True, True), (False, False)], ids=("tied-rows", "untied-states"))
+@pytest.mark.parametrize("update", RULES)
+def test_steps_of_segments(update, tied, per_row):
+    for seed, (rank, states) in enumerate(((8, 1), (5, 2))):
+        rule = Rule(states, rank, update, tied, per_row)
+        features = sum(rule.sections.values())
+        random = torch.Generator().manual_seed(seed)
+        planned = [x.to(DEVICE) for x in stream(seed, tokens=1)]
+        plan, present, count = ops.segments.plan(*planned), planned[2], planned[3]
+        hidden = torch.randn(5, 1, 20, generator=random).to(DEVICE)
+        hidden[~present] = torch.nan
+        weight = torch.randn(features, 20, generator=random).to(DEVICE)
+        bias = torch.randn(features - 3 * states * rank, generator=random).to(DEVICE)
+        state = torch.randn(5, states, rank, rank, generator=random).to(DEVICE)
+        open_sum = torch.randn(5, features - states * rank, generator=random).to(DEVICE) * (
+            count[:, None] > 0
+        )
+        got = backend.step_segments(hidden, weight, bias, state, open_sum, rule, plan, present)
+        z = F.linear(hidden.double(), weight.double()).masked_fill(~present[..., None], 0)
+        wide = z, bias.double(), state.double(), open_sum.double()
+        assert_close(got, ops.advance_segments(*wide, rule, plan, present))
 
 
 @needs_kernels

@@ -231,10 +231,9 @@ class MemoryCall:
     def take(self, index: int, adapter: DeltaMemory, hidden: Tensor) -> Tensor:
         """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
         plan = self._plan_on(hidden.device)
-        whole = self.inputs is None and self.trace is None and plan.segments is None and not plan.read_only
-        if hidden.shape[1] == 1 and whole:
-            reads, state = adapter.step(hidden, self.states[index], plan)
-            self._leave(index, state)
+        if hidden.shape[1] == 1 and self.inputs is None and self.trace is None:
+            reads, *after = adapter.step(hidden, self.states[index], self.open_sums.get(index), plan)
+            self._leave(index, *after)
             return reads
         return self.advance(index, adapter, adapter.project(hidden))
 
@@ -250,9 +249,7 @@ class MemoryCall:
             self.inputs[index] = z
         return reads
 
-    def _leave(
-        self, index: int, state: Tensor, open_sum: Tensor | None = None, gates: Tensor | None = None
-    ) -> None:
+    def _leave(self, index: int, state: Tensor, open_sum: Tensor | None, gates: Tensor | None = None) -> None:
         if self.left is None:
             return
         self.left[index] = (state, open_sum)

@@ -96,7 +96,8 @@ def plan_writes(
         keep_segment_open: the last segment goes on in the next call; bool [batch], or one bool for all.
     """
     if write is False:
-        return WritePlan(mask, read_only=True)
+        nobody = torch.zeros((), dtype=torch.bool, device=memory.tokens_written.device)
+        return WritePlan(mask, read_only=True, writes=nobody.expand(shape))
     writes = None if write is True else write
     if memory.open_segment is None:
         given = [flags for flags in (mask, writes) if flags is not None]
@@ -234,21 +235,26 @@ class DeltaMemory(nn.Module):
             )
         return reads.flatten(2), state, open_sum
 
-    def step(self, hidden: Tensor, state: Tensor, plan: WritePlan) -> tuple[Tensor, Tensor]:
-        """`project` and `advance` of one token, under token writes: one kernel where there is one.
+    def step(
+        self, hidden: Tensor, state: Tensor, open_sum: Tensor | None, plan: WritePlan
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`project` and `advance` of one token: one kernel where there is one.
 
         Args:
             hidden: [batch, 1, hidden].
-            state, plan: as in `advance`.
+            state, open_sum, plan: as in `advance`.
 
         Returns:
-            reads [batch, 1, D] in hidden's dtype, and the new state.
+            As `advance`; the reads in hidden's dtype.
         """
-        weight = self._weight("in_proj", hidden.dtype)
-        reads, state = ops.step(
-            hidden, weight, self.gate_bias.float(), state, self.rule, plan.writes, plan.mask
-        )
-        return reads.flatten(2), state
+        weights = self._weight("in_proj", hidden.dtype), self.gate_bias.float()
+        if plan.segments is None:
+            reads, after = ops.step(hidden, *weights, state, self.rule, plan.writes, plan.mask)
+        else:
+            reads, after, open_sum = ops.step_segments(
+                hidden, *weights, state, open_sum, self.rule, plan.segments, plan.mask
+            )
+        return reads.flatten(2), state if plan.read_only else after, open_sum
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""

@@ -33,6 +33,7 @@ __all__ = [
     "project",
     "read",
     "step",
+    "step_segments",
 ]
 
 # Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
@@ -305,6 +306,30 @@ def advance_segments(
     means, open_sum = segments.means(written, open_sum, plan)
     reads, state = advance(torch.cat([query, means], -1), gate_bias, state, rule, plan.ends, mask)
     return reads, state, open_sum
+
+
+def step_segments(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    open_sum: Tensor,
+    rule: Rule,
+    plan: SegmentPlan,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`step` under segment writes; the arguments are those of `step` and of `advance_segments`.
+
+    Returns:
+        The reads [batch, 1, states, rank] in hidden's dtype, the state, the sums of the segments left open.
+    """
+    if not _learns(hidden, in_proj, gate_bias, state, open_sum):
+        results = triton.step_segments(hidden, in_proj, gate_bias, state, open_sum, rule, plan, mask)
+        if results is not None:
+            return results
+    z = project(hidden, in_proj)
+    reads, state, open_sum = advance_segments(z, gate_bias, state, open_sum, rule, plan, mask)
+    return reads.to(hidden.dtype), state, open_sum
 
 
 def close_segment(

@@ -1,8 +1,8 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
-projections to its reads, and `step` is one from one token's hidden state to its read. All may be captured
-in a CUDA graph; under torch.compile each is one operator of the graph.
+projections to its reads, `step` and `step_segments` are one from one token's hidden state to its read. All
+may be captured in a CUDA graph; under torch.compile each is one operator of the graph.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .activation import Rule
+from .segments import SegmentPlan
 
 try:
     from . import triton_kernels as kernels
@@ -113,6 +114,26 @@ def step(
 
 
 _known_steps: dict[tuple, bool] = {}
+
+
+def step_segments(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    open_sum: Tensor,
+    rule: Rule,
+    plan: SegmentPlan,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """See `delta_mem.ops.step_segments`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
+    if not _runs_on(hidden) or not _step_fits((hidden, in_proj, gate_bias, state, mask), rule):
+        return None
+    width = in_proj.shape[0] - rule.num_states * rule.rank
+    if open_sum.shape != (hidden.shape[0], width) or open_sum.dtype != torch.float32:
+        return None
+    planned = (plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open)
+    return _step_segments(hidden, in_proj, gate_bias, state, open_sum, planned, *rule, mask)
 
 
 def _step_fits(tensors: tuple[Tensor | None, ...], rule: Rule) -> bool:
@@ -335,6 +356,29 @@ def _launch_step(hidden, in_proj, gate_bias, state, writes, mask, rule: Rule) ->
     return reads, after
 
 
+def _launch_step_segments(hidden, in_proj, gate_bias, state, open_sum, planned, mask, rule: Rule):
+    """The read of one token, the state after it, and the sums of the segments that are open then."""
+    batch, _, size = hidden.shape
+    states, rank = rule.num_states, rule.rank
+    R = _cut(batch, states, rank).padded
+    reads = hidden.new_empty(batch, 1, states, rank)
+    state, open_sum = state.contiguous(), open_sum.contiguous()
+    after, open_after = torch.empty_like(state), torch.empty_like(open_sum)
+    given = [
+        x if x is None else x.contiguous()
+        for x in (hidden, in_proj, gate_bias, state, open_sum, *planned, mask)
+    ]
+    _run(
+        kernels.step_segments,
+        (states, batch, 1),
+        (*given, reads, after, open_after),
+        (),
+        (states, size, rank, R, max(16, 2048 // R), 1, *rule[2:]),
+        {"num_warps": 16},
+    )
+    return reads, after, open_after
+
+
 def _run(kernel, grid: tuple, tensors: tuple, sizes: tuple, constants: tuple, options: dict) -> None:
     """kernel[grid](*tensors, *sizes, *constants, **options), in about half the time.
 
@@ -469,6 +513,24 @@ def _step(
 ):
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
     return _launch_step(hidden, in_proj, gate_bias, state, writes, mask, rule)
+
+
+@_operator(
+    "step_segments(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor state, Tensor open_sum, "
+    "Tensor[] planned, int num_states, int rank, str update, bool tied_gates, bool per_row_gates, "
+    "Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, in_proj, gate_bias, state, open_sum, *_: (
+        hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
+        torch.empty_like(state),
+        torch.empty_like(open_sum),
+    ),
+)
+def _step_segments(
+    hidden, in_proj, gate_bias, state, open_sum, planned,
+    num_states, rank, update, tied_gates, per_row_gates, mask,
+):  # fmt: skip
+    rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
+    return _launch_step_segments(hidden, in_proj, gate_bias, state, open_sum, tuple(planned), mask, rule)
 
 
 def _transformed() -> bool:

@@ -21,8 +21,8 @@ the lanes of its own chunk again, from the one state that the forward pass kept 
 token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where the batch fills the GPU,
 there is one chunk, no map, and the launch is a plain loop over the tokens.
 
-`activate` comes before, from a layer's projections. `step` is for one token, in one launch with the
-projections.
+`activate` comes before, from a layer's projections. `step` and `step_segments` are for one token, in one
+launch with the projections.
 
 In the first three a program is one warp: nobody waits for another warp. A tile is [rank, lanes]; rank is
 padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
@@ -537,6 +537,82 @@ def _over_rows(x, R: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _project(
+    hidden,
+    in_proj,
+    at,
+    gate,
+    gates,
+    rows,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    R: tl.constexpr,
+    SLICE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TIED: tl.constexpr,
+):
+    """One token's projections query, key, value, beta and decay [R] of one state."""
+    x = tl.arange(0, SLICE)
+    query = tl.zeros((R, SLICE), tl.float32)
+    key = tl.zeros((R, SLICE), tl.float32)
+    value = tl.zeros((R, SLICE), tl.float32)
+    beta = tl.zeros((R, SLICE), tl.float32)
+    decay = tl.zeros((R, SLICE), tl.float32)
+    at_q = in_proj + at.to(tl.int64)[:, None] * SIZE + x[None, :]
+    at_g = in_proj + (3 * WIDTH + gate).to(tl.int64)[:, None] * SIZE + x[None, :]
+    for start in range(0, SIZE, SLICE * UNROLL):
+        loaded = ()
+        for j in tl.static_range(UNROLL):
+            on = start + j * SLICE
+            inside = on + x < SIZE
+            whole = rows & inside[None, :]
+            slices = (
+                tl.load(hidden + on + x, mask=inside, other=0.0)[None, :],
+                tl.load(at_q + on, mask=whole, other=0.0),
+                tl.load(at_q + WIDTH * SIZE + on, mask=whole, other=0.0),
+                tl.load(at_q + 2 * WIDTH * SIZE + on, mask=whole, other=0.0),
+                tl.load(at_g + on, mask=whole, other=0.0),
+            )
+            if not TIED:
+                slices = slices + (tl.load(at_g + gates * SIZE + on, mask=whole, other=0.0),)
+            loaded = loaded + (slices,)
+        for j in tl.static_range(UNROLL):
+            h = loaded[j][0]
+            query += _product(loaded[j][1], h)
+            key += _product(loaded[j][2], h)
+            value += _product(loaded[j][3], h)
+            beta += _product(loaded[j][4], h)
+            if not TIED:
+                decay += _product(loaded[j][5], h)
+    sums = (tl.sum(query, axis=1), tl.sum(key, axis=1), tl.sum(value, axis=1), tl.sum(beta, axis=1))
+    return sums + (tl.sum(decay, axis=1),)
+
+
+@triton.jit
+def _written(
+    s,
+    key,
+    value,
+    beta,
+    decay,
+    gate_bias,
+    gate,
+    gates,
+    seen,
+    UPDATE: tl.constexpr,
+    TIED: tl.constexpr,
+):
+    """The state [R, R] after a token, or a segment's mean, of these projections [R]."""
+    k = _direction(key, 0)
+    beta += tl.load(gate_bias + gate, mask=seen, other=0.0)
+    if not TIED:
+        decay += tl.load(gate_bias + gates + gate, mask=seen, other=0.0)
+    keep, erase, write = _gates(beta, decay, UPDATE, TIED)
+    u = write * value - erase * tl.sum(s * k[None, :], axis=1)
+    return keep[:, None] * s + u[:, None] * k[None, :]
+
+
+@triton.jit
 def step(
     hidden,
     in_proj,
@@ -578,48 +654,10 @@ def step(
     if not PER_ROW:
         gate = state + i * 0
         gates = STATES
-    x = tl.arange(0, SLICE)
-    query = tl.zeros((R, SLICE), tl.float32)
-    key = tl.zeros((R, SLICE), tl.float32)
-    value = tl.zeros((R, SLICE), tl.float32)
-    beta = tl.zeros((R, SLICE), tl.float32)
-    decay = tl.zeros((R, SLICE), tl.float32)
     hidden += row.to(tl.int64) * SIZE
-    at_q = in_proj + at.to(tl.int64)[:, None] * SIZE + x[None, :]
-    at_g = in_proj + (3 * width + gate).to(tl.int64)[:, None] * SIZE + x[None, :]
-    for start in range(0, SIZE, SLICE * UNROLL):
-        loaded = ()
-        for j in tl.static_range(UNROLL):
-            on = start + j * SLICE
-            inside = on + x < SIZE
-            whole = rows & inside[None, :]
-            slices = (
-                tl.load(hidden + on + x, mask=inside, other=0.0)[None, :],
-                tl.load(at_q + on, mask=whole, other=0.0),
-                tl.load(at_q + width * SIZE + on, mask=whole, other=0.0),
-                tl.load(at_q + 2 * width * SIZE + on, mask=whole, other=0.0),
-                tl.load(at_g + on, mask=whole, other=0.0),
-            )
-            if not TIED:
-                slices = slices + (tl.load(at_g + gates * SIZE + on, mask=whole, other=0.0),)
-            loaded = loaded + (slices,)
-        for j in tl.static_range(UNROLL):
-            h = loaded[j][0]
-            query += _product(loaded[j][1], h)
-            key += _product(loaded[j][2], h)
-            value += _product(loaded[j][3], h)
-            beta += _product(loaded[j][4], h)
-            if not TIED:
-                decay += _product(loaded[j][5], h)
-
-    q = _direction(tl.sum(query, axis=1), 0)
-    k = _direction(tl.sum(key, axis=1), 0)
-    v = tl.sum(value, axis=1)
-    beta_i = tl.sum(beta, axis=1) + tl.load(gate_bias + gate, mask=i < RANK, other=0.0)
-    decay_i = beta_i
-    if not TIED:
-        decay_i = tl.sum(decay, axis=1) + tl.load(gate_bias + gates + gate, mask=i < RANK, other=0.0)
-    keep, erase, write = _gates(beta_i, decay_i, UPDATE, TIED)
+    query, key, value, beta, decay = _project(
+        hidden, in_proj, at, gate, gates, rows, width, SIZE, R, SLICE, UNROLL, TIED
+    )
     seen = i < RANK
     if mask is not None:
         seen = seen & (tl.load(mask + row + i * 0) != 0)
@@ -630,11 +668,109 @@ def step(
     at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
     whole = rows & (i < RANK)[None, :]
     s = tl.load(before + at_state, mask=whole, other=0.0)
-    read = tl.where(seen, tl.sum(s * q[None, :], axis=1), 0.0)
-    u = write * v - erase * tl.sum(s * k[None, :], axis=1)
-    s = tl.where(written[:, None], keep[:, None] * s + u[:, None] * k[None, :], s)
-    tl.store(after + at_state, s, mask=whole)
+    read = tl.where(seen, tl.sum(s * _direction(query, 0)[None, :], axis=1), 0.0)
+    new = _written(s, key, value, beta, decay, gate_bias, gate, gates, i < RANK, UPDATE, TIED)
+    tl.store(after + at_state, tl.where(written[:, None], new, s), mask=whole)
     tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=i < RANK)
+
+
+@triton.jit
+def step_segments(
+    hidden,
+    in_proj,
+    gate_bias,
+    before,
+    open_before,
+    index,
+    member,
+    ends,
+    closes,
+    counts_before,
+    stays_open,
+    mask,
+    reads,
+    after,
+    open_after,
+    STATES: tl.constexpr,
+    SIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    SLICE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TIED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """`step` where the mean of each segment is written at its end. Grid: (STATES, batch).
+
+    Args:
+        open_before, open_after: sums of the open segments [batch, features - STATES * RANK].
+        index, member, ends, closes, counts_before, stays_open: [batch], of the `segments.SegmentPlan`, where
+            `counts_before` is called `open_before`.
+    """
+    state = tl.program_id(0)
+    row = tl.program_id(1)
+    width: tl.constexpr = STATES * RANK
+    i = tl.arange(0, R)
+    rows = (i < RANK)[:, None]
+    at = state * RANK + i
+    gate = at
+    gates = width
+    if not PER_ROW:
+        gate = state + i * 0
+        gates = STATES
+    hidden += row.to(tl.int64) * SIZE
+    query, key_t, value_t, beta_t, decay_t = _project(
+        hidden, in_proj, at, gate, gates, rows, width, SIZE, R, SLICE, UNROLL, TIED
+    )
+    inside = i < RANK
+    features = 2 * width + gates
+    if not TIED:
+        features += gates
+    at_sum = row.to(tl.int64) * features
+    key = tl.load(open_before + at_sum + at, mask=inside, other=0.0)
+    value = tl.load(open_before + at_sum + width + at, mask=inside, other=0.0)
+    beta = tl.load(open_before + at_sum + 2 * width + gate, mask=inside, other=0.0)
+    decay = beta
+    if not TIED:
+        decay = tl.load(open_before + at_sum + 2 * width + gates + gate, mask=inside, other=0.0)
+    count = tl.load(counts_before + row)
+
+    at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
+    whole = rows & inside[None, :]
+    s = tl.load(before + at_state, mask=whole, other=0.0)
+    n = tl.maximum(count, 1.0)
+    closed = _written(
+        s, key / n, value / n, beta / n, decay / n, gate_bias, gate, gates, inside, UPDATE, TIED
+    )
+    s = tl.where(tl.load(closes + row) != 0, closed, s)
+    seen = inside
+    if mask is not None:
+        seen = seen & (tl.load(mask + row + i * 0) != 0)
+    read = tl.where(seen, tl.sum(s * _direction(query, 0)[None, :], axis=1), 0.0)
+
+    goes_on = tl.load(index + row) == 0
+    joins = tl.load(member + row) != 0
+    # Selected, not multiplied: what lies under padding may be NaN.
+    key = tl.where(goes_on, key, 0.0) + tl.where(joins, key_t, 0.0)
+    value = tl.where(goes_on, value, 0.0) + tl.where(joins, value_t, 0.0)
+    beta = tl.where(goes_on, beta, 0.0) + tl.where(joins, beta_t, 0.0)
+    decay = tl.where(goes_on, decay, 0.0) + tl.where(joins, decay_t, 0.0)
+    n = tl.maximum(tl.where(goes_on, count, 0.0) + tl.where(joins, 1.0, 0.0), 1.0)
+    ended = _written(s, key / n, value / n, beta / n, decay / n, gate_bias, gate, gates, inside, UPDATE, TIED)
+    tl.store(after + at_state, tl.where(tl.load(ends + row) != 0, ended, s), mask=whole)
+    tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=inside)
+
+    open_still = tl.load(stays_open + row) != 0
+    tl.store(open_after + at_sum + at, tl.where(open_still, key, 0.0), mask=inside)
+    tl.store(open_after + at_sum + width + at, tl.where(open_still, value, 0.0), mask=inside)
+    once = inside
+    if not PER_ROW:
+        once = i == 0
+    at_gate = open_after + at_sum + 2 * width + gate
+    tl.store(at_gate, tl.where(open_still, beta, 0.0), mask=once)
+    if not TIED:
+        tl.store(at_gate + gates, tl.where(open_still, decay, 0.0), mask=once)
 
 
 @triton.jit
