@@ -14,7 +14,6 @@ twice. The shipped model is `--size gpu`: minutes on a GPU, of no use on a CPU. 
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -34,7 +33,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from delta_mem import DeltaMemConfig, DeltaMemModel, checkpoint
 from delta_mem.evaluation.tasks.recall import conversation, small_talk
@@ -46,6 +44,7 @@ from delta_mem.training import (
     MemoryTrainingArguments,
     Question,
     encode_episode,
+    last_checkpoint,
 )
 
 CHATML = (
@@ -298,9 +297,7 @@ def common_arguments(
 
 def train(trainer: Trainer) -> None:
     """Trains, from the last checkpoint in its folder if there is one: an interrupted run goes on."""
-    folder = trainer.args.output_dir
-    start = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    trainer.train(resume_from_checkpoint=start)
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
 
 
 def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: int) -> Qwen3ForCausalLM:

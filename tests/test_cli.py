@@ -474,6 +474,9 @@ def test_demo_goes_on_with_the_person_at_the_keyboard():
     assert "Oslo" in text.splitlines()[-1]
 
 
-def test_demo_refuses_a_plot_that_it_cannot_draw(tmp_path):
+def test_demo_refuses_a_plot_that_it_cannot_draw(tmp_path, monkeypatch):
     assert "no such folder" in refused("demo", "--plot", tmp_path / "nowhere" / "recall.png")
     assert "must end in one of" in refused("demo", "--plot", tmp_path / "recall.doc")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("delta_mem.offline.load_offline_model", None)  # it shows before anything is loaded
+    assert "Is a directory" in refused("demo", "--plot", tmp_path / "folder.png")

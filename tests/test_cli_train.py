@@ -1,8 +1,12 @@
 """`delta-mem train`: settings from options and recipes, a run from data to adapter, Ctrl-C and going on."""
 
+import errno
+import gzip
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +25,7 @@ from delta_mem.checkpoint import load_adapter
 from delta_mem.cli import train_callbacks
 from delta_mem.cli.app import app
 from delta_mem.cli.train_callbacks import ProgressBar, StopOnSignal
+from delta_mem.training import MemoryTrainer
 from families import backbone
 from helpers import tiny_tokenizer
 
@@ -139,12 +144,42 @@ def test_every_option_of_the_objective(train, tmp_path, write):
 
 
 def test_streaming(train, tmp_path):
-    result = done(train("--streaming", "--steps", 5))
-    assert "train.jsonl:4: not JSON" in result.stderr
+    result = done(train("--streaming", "--steps", 5))  # which is more than a pass
+    assert result.stderr.count("train.jsonl:4: not JSON") == 1
+    assert "Skipped 1 line." in result.stderr.splitlines()
     assert json.loads((tmp_path / "run/checkpoint-5/trainer_state.json").read_text())["global_step"] == 5
     assert not list(tmp_path.rglob("*.arrow"))
     assert "--streaming needs --steps" in refusal(train("--streaming", name="other"))
     assert "train.jsonl:4: not JSON" in refusal(train("--streaming", "--steps", 9, "--strict", name="strict"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_where_it_stopped_also_after_its_first_pass(train, tmp_path, workers):
+    (tmp_path / "workers.yaml").write_text(f"trainer: {{dataloader_num_workers: {workers}}}")
+    options = ("--config", tmp_path / "workers.yaml", "--streaming", "--lr", 0.01, "--steps", 12)
+    result = done(train(*options, "--save-every", 10))  # four steps are a pass
+    assert "Skipped 1 line." in result.stderr.splitlines()
+    whole = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    done(train(*options, "--resume"))
+    torch.testing.assert_close(weights(tmp_path / "run"), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_without_a_line_to_use_leaves_no_adapter(train, files, tmp_path, workers):
+    (tmp_path / "workers.yaml").write_text(f"trainer: {{dataloader_num_workers: {workers}}}")
+    (files / "none.jsonl").write_text("{}\n[]\n")
+    options = ("--config", tmp_path / "workers.yaml", "--streaming", "--steps", 2)
+    assert "not one line can be used" in refusal(train(*options, data="none.jsonl"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    held_out = train(*options, "--eval-data", files / "none.jsonl", name="other")
+    assert "not one line can be used" in refusal(held_out)
+
+
+def test_what_fails_in_a_worker_is_one_line(train, files, tmp_path):
+    (tmp_path / "workers.yaml").write_text("trainer: {dataloader_num_workers: 1}")
+    line = refusal(train("--config", tmp_path / "workers.yaml", "--streaming", "--strict", "--steps", 9))
+    assert re.fullmatch(r"Error: \S+train.jsonl:4: not JSON \(Expecting property.*\)", line)
 
 
 def test_training_an_adapter_on_keeps_its_settings(train, tmp_path):
@@ -191,6 +226,29 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(train, tmp_path, monkeypat
     torch.testing.assert_close(weights(stopped), weights(tmp_path / "straight"), rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_leaves_a_run_to_go_on_with(files, tmp_path):
+    output = tmp_path / "run"
+    options = ("--model", files / "model", "--data", files / "train.jsonl", "--output", output)
+    command = [sys.executable, "-c", "from delta_mem.cli import main; main()", "train", *options]
+    process = subprocess.Popen(
+        [*map(str, command), "--steps", "100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    try:
+        told = next((line for line in process.stderr if line.startswith("step ")), "")
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert told and process.returncode == 130, rest
+    assert out == "" and "Traceback" not in rest
+    stopped = int(re.search(r"Stopped after step (\d+)", rest)[1])
+    done(run("--config", output / "recipe.yaml", "--resume", "--steps", stopped + 1))
+    assert weights(output)
+
+
 def test_a_second_ctrl_c_does_not_wait_unless_there_are_other_processes():
     for processes, number, waits in (
         (1, signal.SIGINT, False),
@@ -217,6 +275,38 @@ def test_an_output_folder_is_not_written_over(train, tmp_path):
     torch.testing.assert_close(weights(tmp_path / "run"), kept, rtol=0, atol=0)
 
 
+def test_going_on_with_a_finished_run_changes_nothing(train, tmp_path):
+    options = ("--lr", 0.01, "--steps", 3)
+    done(train(*options))
+    kept = weights(tmp_path / "run")
+    assert "Saved the adapter" in done(train(*options, "--resume")).stdout
+    torch.testing.assert_close(weights(tmp_path / "run"), kept, rtol=0, atol=0)
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+
+
+def test_a_half_written_checkpoint_is_passed_over(train, tmp_path):
+    options = ("--lr", 0.01, "--steps", 4, "--save-every", 2)
+    done(train(*options))
+    kept, last = weights(tmp_path / "run"), tmp_path / "run" / "checkpoint-4"
+    for name in ("trainer_state.json", "optimizer.pt"):
+        (last / name).unlink()
+    told = done(train(*options, "--resume")).stderr
+    assert f"warning: {last}: not a whole checkpoint; passed over" in told.splitlines()
+    torch.testing.assert_close(weights(tmp_path / "run"), kept, rtol=0, atol=0)
+
+
+def test_a_run_goes_on_with_its_own_adapter_and_backbone_only(train, tmp_path):
+    done(train("--steps", 1))
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    line = refusal(train("--steps", 2, "--resume", "--rank", 4, "--write", "message"))
+    assert "checkpoint-1 has rank 8, not 4, write 'token', not 'message'" in line
+    larger = tmp_path / "larger"
+    backbone("qwen3", vocab_size=400, num_hidden_layers=3).save_pretrained(larger)
+    tiny_tokenizer().save_pretrained(larger)
+    assert "layers.2." in refusal(train("--steps", 2, "--resume", "--model", larger))
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe
+
+
 # ---- what a user may get wrong ---------------------------------------------------------------------
 
 
@@ -238,11 +328,37 @@ def test_an_output_folder_is_not_written_over(train, tmp_path):
         (("--clear-memory", "0.5"), "clear_memory without show_history"),
         (("--report-to", "nobody"), "nobody is not supported"),
         (("--read-tokens", "3"), "leaves no room for an answer"),
+        (("--epochs", "0"), "--epochs must be above 0"),
+        (("--data", "/dev/null"), "/dev/null: not a regular file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_train_refuses(train, options, says):
     assert says in refusal(train(*options))
+
+
+def test_a_damaged_archive_is_one_line_while_it_is_streamed(train, files):
+    lines = [json.dumps({"id": os.urandom(9).hex()}).encode() for _ in range(2000)]
+    first = (files / "train.jsonl").read_bytes().splitlines()[0]
+    (files / "cut.jsonl.gz").write_bytes(gzip.compress(b"\n".join([first, *lines]))[:-3000])
+    line = refusal(train("--streaming", "--steps", 3, data="cut.jsonl.gz"))
+    assert "cut.jsonl.gz: cannot be unpacked" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"), "is the disk full?"),
+    ],
+    ids=["files", "torch.save"],
+)  # fmt: skip
+def test_a_full_disk_is_one_line(train, monkeypatch, error, says):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(MemoryTrainer, "_save_optimizer_and_scheduler", full)
+    assert says in refusal(train("--steps", 1))
 
 
 def test_many_bad_lines_are_counted(train, files):
@@ -370,6 +486,7 @@ def test_a_runs_own_recipe_repeats_it(train, settings, tmp_path):
         ("batch-size: 0", "batch-size: "),
         ("trainer: {weight_decoy: 1}", "trainer.weight_decoy: unknown field"),
         ("trainer: {learning_rate: 1}", "trainer.learning_rate: is 'lr:' outside of trainer"),
+        ("trainer: {disable_tqdm: true}", "trainer.disable_tqdm: is set by the command"),
         ("trainer: 3", "trainer: takes fields and their values"),
         ("adapter: {rank: 4}", "adapter.rank: is 'rank:' outside of adapter"),
         ("- rank", "holds no settings"),
@@ -418,26 +535,38 @@ def test_a_terminal_gets_a_bar_with_loss_and_time_left(monkeypatch):
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
 
 
+@pytest.fixture
+def torchrun(files, tmp_path):
+    """Runs `delta-mem train` in two processes."""
+
+    def torchrun(*options):
+        (tmp_path / "cpu.yaml").write_text("trainer: {use_cpu: true, ddp_backend: gloo}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+        command += [sys.executable, "-c", "from delta_mem.cli import main; main()", "train", "--steps", "2"]
+        command += ["--config", tmp_path / "cpu.yaml", "--output", tmp_path / "run"]
+        command += ["--model", files / "model", "--data", files / "train.jsonl", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        return subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, timeout=300, env=environment
+        )
+
+    return torchrun
+
+
 @pytest.mark.slow
-def test_torchrun_speaks_with_one_voice(files, tmp_path):
-    (tmp_path / "cpu.yaml").write_text("trainer: {use_cpu: true, ddp_backend: gloo}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
-    command += [sys.executable, "-c", "from delta_mem.cli import main; main()", "train", "--steps", "2"]
-    command += [
-        "--config",
-        tmp_path / "cpu.yaml",
-        "--model",
-        files / "model",
-        "--data",
-        files / "train.jsonl",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [*map(str, command), "--output", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
+@pytest.mark.parametrize("options", [(), ("--streaming",)], ids=["cached", "streaming"])
+def test_torchrun_speaks_with_one_voice(torchrun, tmp_path, options):
+    result = torchrun(*options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Saved the adapter") == 1
-    for line in ("train.jsonl:4: not JSON", "step 1/2", "8 episodes"):
+    for line in ("train.jsonl:4: not JSON", "step 1/2", "4,624 parameters to train", "Skipped 1 line"):
         assert result.stderr.count(line) == 1, result.stderr
     assert weights(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--strict",), ("--heads", "q,x")], ids=["line", "option"])
+def test_torchrun_fails_with_one_voice(torchrun, options):
+    result = torchrun(*options)
+    assert result.returncode == 1
+    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1, result.stderr

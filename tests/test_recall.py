@@ -79,3 +79,5 @@ def test_impossible_wishes_are_refused():
         conversation(Random(0), facts=60)
     with pytest.raises(ValueError, match="3 corrections of 2 facts"):
         conversation(Random(0), facts=2, corrections=3)
+    with pytest.raises(ValueError, match="facts must be at least 1, got 0"):
+        held_out(4, 0)  # would look for questions for ever

@@ -16,7 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import delta_mem as dm
-from delta_mem.training import EpisodeCollator, EpisodeObjective, MemoryTrainer, MemoryTrainingArguments
+from delta_mem.training import (
+    EpisodeCollator,
+    EpisodeObjective,
+    MemoryTrainer,
+    MemoryTrainingArguments,
+    last_checkpoint,
+)
+from delta_mem.training.trainer import EpisodeModule
 from families import backbone
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -499,6 +506,31 @@ def test_going_on_from_a_checkpoint_is_never_having_stopped(tmp_path, options):
     assert logged(whole)[3:] == logged(resumed)[3:]
 
 
+@pytest.mark.parametrize("options", [dict(max_steps=3), dict(max_steps=-1, num_train_epochs=0.5)])
+def test_going_on_from_the_end_takes_no_step(tmp_path, options):
+    options = dict(save_strategy="steps", save_steps=3, **options)
+    whole, again = (trainer(tmp_path, episodes(12), **options) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3
+    for name, tensor in weights(whole).items():
+        assert tensor.equal(weights(again)[name])
+
+
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    for step in (5, 20, 100, 200, 300):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    told = []
+    assert last_checkpoint(tmp_path, told.append) is None and len(told) == 5
+    for step in (5, 20, 100):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-200" / "trainer_state.json").write_text('{"global_st')
+    assert last_checkpoint(tmp_path, told.append) == str(tmp_path / "checkpoint-100")
+    assert told[5:] == [f"{tmp_path / f'checkpoint-{step}'}: not a whole checkpoint" for step in (300, 200)]
+
+
 def test_a_checkpoint_is_an_adapter_without_the_backbone(tmp_path):
     trained = trainer(tmp_path, episodes(6), max_steps=2, save_strategy="steps", save_steps=2)
     before = {name: tensor.clone() for name, tensor in trained.memory_model.backbone.state_dict().items()}
@@ -594,6 +626,24 @@ def test_gradient_checkpointing_and_chunks_change_nothing(tmp_path):
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     for name, tensor in results[0][1].items():
         close(tensor, results[1][1][name], 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_the_backbones_dropout_is_off(checkpointing):
+    model, batch = new_model(), batch_of(episodes(3, context=True))
+    forwards = []
+    for layer in model.backbone.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    module = EpisodeModule(model, plain(distill_weight=0.5)).train()
+    if checkpointing:
+        module.gradient_checkpointing_enable()
+        module.train()
+    one, two = (module(**batch)["loss"] for _ in range(2))
+    assert one.equal(two)
+    forwards.clear()
+    one.backward()
+    assert bool(forwards) == checkpointing
 
 
 def test_bfloat16_trains_float32_adapters(tmp_path):

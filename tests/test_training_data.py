@@ -1,18 +1,23 @@
 """Episodes: what a line of a data file may be, how it is cut and tokenized, and what is said of bad lines."""
 
 import gzip
+import itertools
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import DataLoader
 
 from delta_mem.segments import encode_messages
 from delta_mem.training import data
 from delta_mem.training.data import (
     Episode,
     EpisodeCollator,
+    LineError,
     Question,
     encode_episode,
     load_episodes,
@@ -215,6 +220,18 @@ def test_a_history_of_instructions_only_is_nothing_to_write(tokenizer):
         encode_episode(tokenizer, episode, "token")
 
 
+THOUGHTS_DROPPED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_an_answer_that_the_template_leaves_out_is_refused():
+    episode = Episode(TOLD, [Question([user("Where do I live?")], "<think>In Oslo.</think>")])
+    with pytest.raises(ValueError, match="the chat template leaves nothing of the answer"):
+        encode_episode(tiny_tokenizer(THOUGHTS_DROPPED), episode, "token")
+
+
 # ---- load_episodes ---------------------------------------------------------------------------------
 
 
@@ -348,6 +365,15 @@ def test_what_the_chat_template_refuses_is_a_bad_line(write_file):
     assert told == [f"{file}:2: the chat template refuses it (Users first!)"]
 
 
+def test_what_the_chat_template_breaks_on_is_a_bad_line(write_file):
+    template = "{% if messages[0].role == 'assistant' %}{{ 1 // 0 }}{% endif %}"
+    tokenizer, told = tiny_tokenizer(template + tiny_tokenizer().chat_template), []
+    file = write_file(ASKED, {**ASKED, "history": TOLD[1:]})
+    assert len(load_episodes([file], tokenizer, on_skip=told.append)) == 1
+    (report,) = told
+    assert report.startswith(f"{file}:2: the chat template refuses it (") and "by zero" in report
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["cached", "streaming"])
 def test_strict_stops_at_the_first_bad_line(tokenizer, write_file, streaming):
     file = write_file(MESSAGES, {}, {"history": []})
@@ -364,7 +390,7 @@ def test_strict_stops_at_the_first_bad_line(tokenizer, write_file, streaming):
 def test_files_that_cannot_be_used(tokenizer, write_file, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_episodes([tmp_path / "nowhere.jsonl"], tokenizer)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ValueError, match="not a regular file"):
         load_episodes([tmp_path], tokenizer)
     with pytest.raises(ValueError, match=r"train\.jsonl: empty"):
         load_episodes([write_file("")], tokenizer)
@@ -373,16 +399,94 @@ def test_files_that_cannot_be_used(tokenizer, write_file, tmp_path):
         load_episodes([file], tokenizer)
     with pytest.raises(ValueError, match="no data file"):
         load_episodes([], tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["cached", "streaming"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "other"])
+def test_a_damaged_archive_is_named(tokenizer, tmp_path, damage, streaming):
+    whole = gzip.compress(b"".join(json.dumps({**ASKED, "id": i}).encode() + b"\n" for i in range(2000)))
     broken = tmp_path / "broken.jsonl.gz"
-    broken.write_bytes(gzip.compress(json.dumps(ASKED).encode())[:-12])
-    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz: cannot be unpacked"):
-        load_episodes([broken], tokenizer)
+    broken.write_bytes(
+        {
+            "cut": whole[: len(whole) // 2],
+            "changed": whole + whole[:10] + b"\xff" * 50,
+            "other": b"{}\n",
+        }[damage]
+    )
+    with pytest.raises(LineError, match=r"broken\.jsonl\.gz: cannot be unpacked"):
+        rows(load_episodes([broken], tokenizer, streaming=streaming))
+
+
+def test_a_pipe_is_refused_before_anything_of_it_is_read(tokenizer, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match=r"pipe\.jsonl: not a regular file"):
+        load_episodes([tmp_path / "pipe.jsonl"], tokenizer)
 
 
 def test_without_datasets_it_says_what_to_install(monkeypatch, tokenizer, write_file):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'pip install "delta-mem\[train\]"'):
         load_episodes([write_file(ASKED)], tokenizer)
+
+
+# ---- streams ---------------------------------------------------------------------------------------
+
+
+def numbered(*numbers):
+    """Lines whose answers are these numbers."""
+    return [{**ASKED, "answer": f"{number}"} for number in numbers]
+
+
+def answers(tokenizer, dataset):
+    """The numbers that rows answer with."""
+    return [int(tokenizer.decode(row["answer_ids"][0][:-1])) for row in dataset]
+
+
+def test_an_endless_stream_is_pass_after_pass_each_in_an_order_of_its_own(tokenizer, write_file):
+    file = write_file(*numbered(*range(10)), {})
+    stream = load_episodes([file], tokenizer, streaming=True, on_skip=lambda report: None)
+    seen = answers(tokenizer, itertools.islice(stream.endless(seed=1, buffer_size=4), 30))
+    passes = [seen[start : start + 10] for start in (0, 10, 20)]
+    assert [sorted(numbers) for numbers in passes] == [list(range(10))] * 3
+    assert len({tuple(numbers) for numbers in [*passes, range(10)]}) == 4
+    # As far as the seed goes, always the same.
+    again, other = (
+        answers(tokenizer, itertools.islice(stream.endless(seed, buffer_size=4), 30)) for seed in (1, 2)
+    )
+    assert again == seen != other
+
+
+def test_a_stream_names_the_file_and_tells_once(tokenizer, write_file):
+    first, second = write_file(ASKED, "{", name="a.jsonl"), write_file(ASKED, "[]", name="b.jsonl")
+    told = []
+    stream = load_episodes([first, second], tokenizer, streaming=True, on_skip=told.append)
+    assert len(list(itertools.islice(stream.endless(0), 9))) == 9  # more than four passes
+    assert [report.split(": ")[0] for report in told] == [f"{first}:2", f"{second}:2"]
+
+
+def test_worker_processes_share_the_lines_of_a_stream(tokenizer, write_file):
+    file = write_file(*numbered(*range(9)), {})
+    stream = load_episodes([file], tokenizer, streaming=True, on_skip=lambda report: None)
+    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(answers(tokenizer, loader)) == list(range(9))
+    # A worker without a line of its own leaves the others to it.
+    alone = load_episodes([write_file(ASKED)], tokenizer, streaming=True).endless(0)
+    assert len(list(itertools.islice(DataLoader(alone, batch_size=None, num_workers=2), 5))) == 5
+
+
+def test_processes_share_the_episodes_of_a_stream(tokenizer, write_file):
+    stream = load_episodes([write_file(*numbered(*range(8)))], tokenizer, streaming=True).endless(seed=1)
+    shares = [IterableDatasetShard(stream, 2, num_processes=2, process_index=index) for index in (0, 1)]
+    one, two = (answers(tokenizer, itertools.islice(share, 4)) for share in shares)
+    assert sorted([*one, *two]) == list(range(8))
+
+
+def test_a_stream_without_a_line_to_use_ends(tokenizer, write_file):
+    stream = load_episodes([write_file({}, [])], tokenizer, streaming=True, on_skip=lambda report: None)
+    for rows_ in (stream, stream.endless(0)):
+        with pytest.raises(LineError, match=r"not one line can be used; the first is .*:1: has neither"):
+            next(iter(rows_))
+    assert not list(DataLoader(stream.endless(0), batch_size=None, num_workers=2))
 
 
 # ---- EpisodeCollator -------------------------------------------------------------------------------

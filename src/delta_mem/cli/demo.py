@@ -113,7 +113,8 @@ def demo(
         style="dim",
     )
     if plot is not None:
-        _draw(recall, plot)
+        with user_errors():
+            _draw(recall, plot)
         out.print(f"Drawn to {plot}.", markup=False, soft_wrap=True)
     if interactive:
         _go_on(chat)
@@ -162,7 +163,7 @@ def _check_plot(file: Path) -> None:
     """
     Raises:
         ValueError: there is nothing to draw with, or the file's kind is unknown.
-        OSError: no such folder.
+        OSError: no such folder, or a file that cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -173,6 +174,7 @@ def _check_plot(file: Path) -> None:
         raise ValueError(f"--plot {file}: the name must end in one of {', '.join(sorted(kinds))}.")
     if not file.absolute().parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such folder.")
+    file.open("ab").close()  # or else it would show only when the demo is over
 
 
 def _draw(recall: dict[str, dict[int, Cell]], file: Path) -> None:

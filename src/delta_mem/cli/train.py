@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import multiprocessing
 import os
 import shlex
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
 
 from ..config import DeltaMemConfig
-from .common import Dtype, complain, err, load_backbone, out, plural, user_errors
+from .common import Dtype, complain, err, load_backbone, out, plural
 
 if TYPE_CHECKING:
     from ..model import DeltaMemModel
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.yaml"
 INTERRUPTED = 130
 SHOWN_PROBLEMS = 20  # of lines that cannot be used; the rest are counted
-SHUFFLE_BUFFER = 256  # episodes held to draw from while streaming
 
 
 class Write(str, Enum):
@@ -71,6 +74,8 @@ TRAINER_FIELDS = {
     "write_chunk": "write_chunk",
     "gradient_chunks": "gradient_chunks",
 }
+# Those of the trainer that the command sets itself.
+OWN_FIELDS = ("disable_tqdm",)
 # What a recipe may hold beside options.
 SECTIONS = ("adapter", "trainer")
 # The paper's where it says something. `trainer:` may set them otherwise.
@@ -88,7 +93,7 @@ TRAINER_DEFAULTS = {
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Puts a recipe's settings where the options look for values that the command line does not give."""
     if path is not None and not context.resilient_parsing:
-        with user_errors():
+        with _user_errors():
             context.default_map = read_recipe(path, context)
     return path
 
@@ -250,7 +255,7 @@ def train(
     ] = None,
     # The run.
     epochs: Annotated[
-        float, _option(help="Passes over the data.", metavar="N", min=0, show_default=True)
+        float, _option(help="Passes over the data, or a part of one.", metavar="N", show_default=True)
     ] = 1.0,
     steps: Annotated[
         int | None, _option(help="Stop after so many steps, whatever --epochs says.", metavar="N", min=1)
@@ -300,24 +305,29 @@ def train(
     Example: delta-mem train -m Qwen/Qwen3-4B-Instruct-2507 -d train.jsonl -o my-adapter --write-tokens 2048
     """
     settings = {**context.params, **{section: context.meta.get(section, {}) for section in SECTIONS}}
-    with user_errors():
+    with _user_errors():
         _check_installed()
+        from ..checkpoint import load_adapter, load_weights
+        from ..training.data import check_file
+
         for file in [*data, *(eval_data or [])]:
-            file.open("rb").close()  # a wrong path shows here, before the minutes that a large backbone takes
-        if init_from is None:
-            new = make_adapter_config(settings)
-        else:
-            new = None
-            _check_adapter_is_left_as_it_is(context, settings)
+            check_file(file)  # a wrong path shows here, before the minutes that a large backbone takes
+        adapter = _adapter_config(context, settings)
         arguments = make_arguments(settings)
-        checkpoint = _check_output(output, resume)
         loud = arguments.process_index == 0
-        loaded, tokenizer = _load(settings, new, arguments)
-        options = _episode_options(settings, loaded.delta_config.write, arguments)
-        episodes = _episodes(data, tokenizer, options, loud)
-        held_out = _episodes(eval_data, tokenizer, options, loud) if eval_data else None
+        checkpoint = _check_output(output, resume, loud)
+        if checkpoint is not None:
+            _check_same_adapter(checkpoint, adapter)
+        loaded, tokenizer = _load(settings, adapter, arguments)
+        if checkpoint is not None:
+            load_weights(loaded, load_adapter(checkpoint))  # that it fits shows before the recipe is written
+        options = _episode_options(settings, adapter.write, arguments)
+        skipped = _Skipped(loud)
+        episodes = _episodes(data, tokenizer, {**options, "streaming": streaming}, skipped)
+        # Held-out episodes are read again and again.
+        held_out = _episodes(eval_data, tokenizer, options, _Skipped(loud)) if eval_data else None
         if streaming:
-            episodes = episodes.shuffle(seed, buffer_size=SHUFFLE_BUFFER)
+            episodes = episodes.endless(seed)
         from .train_callbacks import ProgressBar, StopOnSignal
 
         bar, stop = ProgressBar(), StopOnSignal()
@@ -330,10 +340,13 @@ def train(
         err.print(f"{count}{plural(loaded.get_nb_trainable_parameters()[0], 'parameter')} to train.")
     with _training_errors(), bar, stop:
         trainer.train(resume_from_checkpoint=checkpoint)
+        _check_trained(trainer)
         if not stop.stopped:
             if held_out is not None and not _evaluated(trainer.state):
                 trainer.evaluate()
             trainer.save_model(str(output))
+    if streaming:
+        skipped.tell_count()
     if stop.stopped:
         if loud:
             _say_how_to_go_on(output, trainer.state.global_step)
@@ -350,12 +363,15 @@ def _check_installed() -> None:
             raise ValueError(f'training needs {package}: pip install "delta-mem[train]"')
 
 
-def _check_output(output: Path, resume: bool) -> str | None:
+def _check_output(output: Path, resume: bool, loud: bool) -> str | None:
     """The checkpoint to go on from. Without `resume` the folder must be free for a new run."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from ..training import last_checkpoint
 
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    passed_over: list[str] = []
+    checkpoint = last_checkpoint(output, passed_over.append)
     if resume:
+        for report in passed_over if loud else ():
+            _warn(f"{report}; passed over")
         if checkpoint is None:
             raise ValueError(f"{output} holds no checkpoint to go on from; leave --resume out.")
         return checkpoint
@@ -368,17 +384,38 @@ def _check_output(output: Path, resume: bool) -> str | None:
     return None
 
 
+def _adapter_config(context: typer.Context, settings: Mapping[str, Any]) -> DeltaMemConfig:
+    """Of a new adapter, or of that of --init-from."""
+    from ..checkpoint import load_adapter
+
+    if settings["init_from"] is None:
+        return make_adapter_config(settings)
+    given = [name for name in ADAPTER_FIELDS if context.get_parameter_source(name).name != "DEFAULT"]
+    given += ["adapter"] if settings["adapter"] else []
+    if given:
+        raise ValueError(f"--init-from brings the adapter's own settings; leave {', '.join(given)} out.")
+    return load_adapter(settings["init_from"]).config
+
+
+def _check_same_adapter(checkpoint: str, config: DeltaMemConfig) -> None:
+    from ..checkpoint import load_adapter
+
+    before, now = (dataclasses.asdict(c) for c in (load_adapter(checkpoint).config, config))
+    others = ", ".join(
+        f"{name} {before[name]!r}, not {now[name]!r}" for name in now if now[name] != before[name]
+    )
+    if others:
+        raise ValueError(f"{checkpoint} has {others}; --resume goes on with the same adapter.")
+
+
 def _load(
-    settings: Mapping[str, Any], new: DeltaMemConfig | None, arguments: MemoryTrainingArguments
+    settings: Mapping[str, Any], adapter: DeltaMemConfig, arguments: MemoryTrainingArguments
 ) -> tuple[DeltaMemModel, Any]:
-    """(backbone with its adapter, a `new` one or that of --init-from; tokenizer)."""
+    """(backbone with its adapter, a new one or that of --init-from; tokenizer)."""
     from transformers import set_seed
 
     from .. import DeltaMemModel
-    from ..checkpoint import load_adapter
 
-    if new is None:
-        load_adapter(settings["init_from"])  # a wrong path shows here, too
     # Whoever shards the backbone takes it from the CPU, where all of it fits.
     sharded = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     device = "cpu" if sharded else str(arguments.device)
@@ -386,10 +423,10 @@ def _load(
     if arguments.process_index == 0:
         err.print(f"Loading {name} …", style="dim", markup=False, soft_wrap=True)
     backbone, tokenizer = load_backbone(name, device, settings["dtype"])
-    if new is None:
+    if settings["init_from"] is not None:
         return DeltaMemModel.from_pretrained(backbone, settings["init_from"]), tokenizer
     set_seed(arguments.seed)
-    return DeltaMemModel(backbone, new), tokenizer
+    return DeltaMemModel(backbone, adapter), tokenizer
 
 
 def _episode_options(
@@ -404,29 +441,45 @@ def _episode_options(
         "with_context": arguments.objective().needs_context,
         "recent_messages": settings["recent_messages"],
         "strict": settings["strict"],
-        "streaming": settings["streaming"],
     }
 
 
-def _episodes(files: list[Path], tokenizer: Any, options: dict[str, Any], loud: bool) -> Any:
-    """The files' episodes; what was skipped is told by one process."""
+class _Skipped:
+    """Tells of the first lines that cannot be used, and counts them all, also in worker processes."""
+
+    def __init__(self, loud: bool):
+        self.loud = loud
+        self.count = multiprocessing.Value("q")
+
+    def __call__(self, report: str) -> None:
+        with self.count.get_lock():
+            self.count.value += 1
+            number = self.count.value
+        if self.loud and number <= SHOWN_PROBLEMS:
+            _warn(f"{report}; skipped")
+
+    def tell_count(self) -> None:
+        count = self.count.value
+        if self.loud and count:
+            shown = f", of which {SHOWN_PROBLEMS} are shown" if count > SHOWN_PROBLEMS else ""
+            err.print(f"Skipped {plural(count, 'line')}{shown}.", style="yellow")
+
+
+def _warn(text: str) -> None:
+    # A worker process has a copy of `err`, with the bar and perhaps with a lock that nobody will open.
+    console = err if multiprocessing.parent_process() is None else Console(stderr=True, highlight=False)
+    console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _episodes(files: list[Path], tokenizer: Any, options: dict[str, Any], skipped: _Skipped) -> Any:
     import datasets
 
     from ..training import load_episodes
 
-    if not (loud and err.is_terminal):
+    if not (skipped.loud and err.is_terminal):
         datasets.disable_progress_bars()
-    skipped: list[str] = []
-
-    def on_skip(report: str) -> None:
-        skipped.append(report)
-        if loud and len(skipped) <= SHOWN_PROBLEMS:
-            err.print(f"warning: {report}; skipped", style="yellow", markup=False, soft_wrap=True)
-
-    episodes = load_episodes(files, tokenizer, **options, on_skip=on_skip)
-    if loud and skipped:
-        shown = f", of which {SHOWN_PROBLEMS} are shown" if len(skipped) > SHOWN_PROBLEMS else ""
-        err.print(f"Skipped {plural(len(skipped), 'line')}{shown}.", style="yellow")
+    episodes = load_episodes(files, tokenizer, **options, on_skip=skipped)
+    skipped.tell_count()
     return episodes
 
 
@@ -455,21 +508,66 @@ def _trainer(
 
 
 @contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """As `user_errors`, for one process or several."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+@contextlib.contextmanager
 def _training_errors() -> Iterator[None]:
     """What a user can cause while training ends the command with one line."""
+    from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
+    from ..errors import AdapterFormatError
     from ..training.data import LineError
 
     try:
         yield
-    except LineError as error:
-        complain(error)
-        raise typer.Exit(1) from None
+    except (LineError, AdapterFormatError, SafetensorError, OSError) as error:
+        if str(error).startswith("Caught "):  # in a worker process: the rest is its traceback
+            error = ValueError(str(error).strip().splitlines()[-1].partition(": ")[2])
+        _fail(error)
     except OutOfMemoryError as error:
         advice = "try --gradient-checkpointing, --write-chunk, or a lower --batch-size or --write-tokens"
-        complain(ValueError(f"{str(error).splitlines()[0]} ({advice})"))
-        raise typer.Exit(1) from None
+        _fail(ValueError(f"{str(error).splitlines()[0]} ({advice})"))
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # where torch.save is when it cannot write
+            raise
+        _fail(ValueError(f"a checkpoint cannot be written; is the disk full? ({error})"))
+
+
+def _fail(error: Exception) -> NoReturn:
+    if not _told_by_another_process(str(error)):
+        complain(error)
+    raise typer.Exit(1) from None
+
+
+def _told_by_another_process(text: str) -> bool:
+    """Whether this is a run of several processes, and one of them has come with the same."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    from torch.distributed import TCPStore
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(RuntimeError):  # nobody there
+        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {text}", 1) > 1
+    return False
+
+
+def _check_trained(trainer: MemoryTrainer) -> None:
+    """
+    Raises:
+        LineError: there was nothing to train on, as workers that share a stream leave it.
+    """
+    from ..training.data import LineError
+
+    if trainer.state.global_step == 0:
+        raise LineError("--data: not one line can be used.")
 
 
 def _evaluated(state: Any) -> bool:
@@ -535,6 +633,8 @@ def _read_section(section: str, values: Any, path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {section}.{name}: is '{own[name]}:' outside of {section}.")
         if name not in known:
             raise ValueError(f"{path}: {section}.{name}: unknown field.")
+        if section == "trainer" and name in OWN_FIELDS:
+            raise ValueError(f"{path}: {section}.{name}: is set by the command.")
     return {name: _number(value, known[name]) for name, value in values.items()}
 
 
@@ -612,6 +712,8 @@ def make_arguments(settings: Mapping[str, Any]) -> MemoryTrainingArguments:
 
     if settings["streaming"] and settings["steps"] is None:
         raise ValueError("--streaming needs --steps: nobody knows how many episodes there are.")
+    if not 0 < settings["epochs"] < math.inf:
+        raise ValueError(f"--epochs must be above 0, not {settings['epochs']}.")
     given = {field: _plain(settings[option]) for option, field in TRAINER_FIELDS.items()}
     values = {**TRAINER_DEFAULTS, **{field: value for field, value in given.items() if value is not None}}
     values["report_to"] = given["report_to"] or "none"
@@ -626,10 +728,3 @@ def make_arguments(settings: Mapping[str, Any]) -> MemoryTrainingArguments:
         return MemoryTrainingArguments(**{**values, **settings["trainer"]}, disable_tqdm=True)
     except TypeError as error:
         raise ValueError(f"trainer: {error}") from None
-
-
-def _check_adapter_is_left_as_it_is(context: typer.Context, settings: Mapping[str, Any]) -> None:
-    given = [name for name in ADAPTER_FIELDS if context.get_parameter_source(name).name != "DEFAULT"]
-    given += ["adapter"] if settings["adapter"] else []
-    if given:
-        raise ValueError(f"--init-from brings the adapter's own settings; leave {', '.join(given)} out.")

@@ -13,18 +13,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data import Episode, EpisodeCollator, Question, encode_episode, load_episodes, parse_episode
+    from .data import (
+        Episode,
+        EpisodeCollator,
+        EpisodeStream,
+        Question,
+        encode_episode,
+        load_episodes,
+        parse_episode,
+    )
     from .objectives import EpisodeObjective
-    from .trainer import MemoryTrainer, MemoryTrainingArguments
+    from .trainer import MemoryTrainer, MemoryTrainingArguments, last_checkpoint
 
 __all__ = [
     "Episode",
     "EpisodeCollator",
     "EpisodeObjective",
+    "EpisodeStream",
     "MemoryTrainer",
     "MemoryTrainingArguments",
     "Question",
     "encode_episode",
+    "last_checkpoint",
     "load_episodes",
     "parse_episode",
 ]
@@ -33,10 +43,12 @@ _HOMES = {
     "Episode": "data",
     "EpisodeCollator": "data",
     "EpisodeObjective": "objectives",
+    "EpisodeStream": "data",
     "MemoryTrainer": "trainer",
     "MemoryTrainingArguments": "trainer",
     "Question": "data",
     "encode_episode": "data",
+    "last_checkpoint": "trainer",
     "load_episodes": "data",
     "parse_episode": "data",
 }

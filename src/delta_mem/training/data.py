@@ -14,25 +14,34 @@ messages. Other keys are left alone.
     episodes = load_episodes(["train.jsonl"], tokenizer, write="token")
     batch = EpisodeCollator(tokenizer.pad_token_id)([episodes[0], episodes[1]])
 
-`datasets` keeps the tokens in its cache, so that a file is tokenized once.
+`datasets` keeps the tokens in its cache, so that a file is tokenized once. Streaming keeps nothing, and a run
+is trained on pass after pass:
+
+    stream = load_episodes(["train.jsonl"], tokenizer, write="token", streaming=True).endless(seed=0)
 """
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .. import __version__, segments
 from ..config import Write
@@ -47,10 +56,11 @@ Keep = Literal["newest", "oldest"]
 
 MAX_WRITE_TOKENS = 8192
 MAX_READ_TOKENS = 512
+SHUFFLE_BUFFER = 256  # episodes held to draw from while streaming
 
 
 class LineError(ValueError):
-    """A line that cannot be used, as "file:line: reason"."""
+    """A line that cannot be used, as "file:line: reason", or a whole file, as "file: reason"."""
 
 
 # ---- what a line says ------------------------------------------------------------------------------
@@ -216,7 +226,8 @@ def encode_episode(
     Raises:
         ValueError: no chat template, a limit that leaves no room, nothing in the history that can be written,
             or a message that the template leaves out.
-        TypeError, jinja2.TemplateError: the chat template refuses the messages.
+        jinja2.TemplateError: the chat template refuses the messages. As templates compute, it may also be
+            any other error.
     """
     if keep not in get_args(Keep):
         raise ValueError(f"keep must be one of {', '.join(get_args(Keep))}, not {keep!r}.")
@@ -250,6 +261,8 @@ def _encode_question(tokenizer: Any, question: Question, limit: int) -> tuple[li
     message = {"role": "assistant", "content": question.answer}
     ids, _, owners = (column.tolist() for column in encode_messages(tokenizer, [*question.query, message]))
     content = [i for i, owner in enumerate(owners) if owner == len(question.query)]
+    if not content:
+        raise ValueError("the chat template leaves nothing of the answer")
     # Where the template does not go on from its own header (it drops the thinking that the header asks for),
     # the answer is the content alone.
     first = len(query) if ids[: len(query)] == query else content[0]
@@ -301,7 +314,7 @@ def load_episodes(
     strict: bool = False,
     streaming: bool = False,
     on_skip: Callable[[str], None] = logger.warning,
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> datasets.Dataset | EpisodeStream:
     """The episodes of JSON Lines files (`.jsonl`, or `.jsonl.gz`), as `encode_episode` encodes them.
 
     The tokens are kept in the cache of `datasets`; the same files with the same tokenizer and options are not
@@ -312,17 +325,18 @@ def load_episodes(
         tokenizer, write, max_write_tokens, max_read_tokens, keep, with_context: as in `encode_episode`.
         recent_messages: as in `parse_episode`.
         strict: stop at the first line that cannot be used; otherwise such lines are left out.
-        streaming: read and tokenize while training, and keep nothing: for files larger than the disk.
-        on_skip: told of every line left out, as "file:line: reason", also when they come from the cache.
+        streaming: read and tokenize while training, and keep nothing: for files larger than the disk. The
+            stream is one pass in the files' order; training takes its `endless`.
+        on_skip: told of every line left out, as "file:line: reason", also when they come from the cache;
+            while streaming, once, by whichever process reads.
 
     Raises:
-        ImportError: `datasets` is not installed.
+        ImportError: `datasets` is not installed, which all but streaming needs.
         OSError: a file that cannot be read.
         LineError: with `strict`, for the first line that cannot be used; otherwise if none can. While
             streaming, lines are read, and their errors raised, when they are asked for.
-        ValueError: no file, or a file without a line.
+        ValueError: no file, what is not a regular file, or a file without a line.
     """
-    datasets = _import_datasets()
     if not files:
         raise ValueError("no data file given.")
     if recent_messages < 1:
@@ -331,22 +345,19 @@ def load_episodes(
     limits = {"max_write_tokens": max_write_tokens, "max_read_tokens": max_read_tokens, "keep": keep}
     options = {"write": write, **limits, "with_context": with_context}
     encode = partial(_encode_line, tokenizer, recent_messages, options)
-    features = _features(datasets, with_context)
     for file in files:
-        _check_readable(file)
-
+        check_file(file)
+        if not any(line.strip() for line in _lines(file)):
+            raise ValueError(f"{file}: empty.")
     if streaming:
-        rows = datasets.IterableDataset.from_generator(
-            _rows, features, {"files": files, "encode": encode, "strict": strict}
-        )
-        usable = rows.filter(partial(_is_usable, files, on_skip))
-        return usable.remove_columns(_ABOUT)
+        return EpisodeStream(files, encode, strict, on_skip)
 
+    datasets = _import_datasets()
     fingerprint = _fingerprint(files, tokenizer, {**options, "recent_messages": recent_messages})
     try:
         rows = datasets.Dataset.from_generator(
             _rows,
-            features,
+            _features(datasets, with_context),
             gen_kwargs={"files": files, "encode": encode, "strict": strict},
             fingerprint=fingerprint,
         )
@@ -378,12 +389,14 @@ def _features(datasets: Any, with_context: bool) -> Any:
     return datasets.Features({**features, **dict(zip(_ABOUT, about, strict=True))})
 
 
-def _rows(files: list[str], encode: Callable[[bytes], dict], strict: bool) -> Iterator[dict[str, Any]]:
-    """One row per line that is not blank."""
+def _rows(
+    files: list[str], encode: Callable[[bytes], dict], strict: bool, reader: int = 0, readers: int = 1
+) -> Iterator[dict[str, Any]]:
+    """One row per line that is not blank; of several readers, each gets its own lines."""
+    count = itertools.count()
     for index, file in enumerate(files):
-        number = 0
         for number, line in enumerate(_lines(file), 1):
-            if not line.strip():
+            if not line.strip() or next(count) % readers != reader:
                 continue
             row = {**encode(line), "file": index, "line": number}
             if strict and row["problem"] is not None:
@@ -395,14 +408,19 @@ def _lines(file: str) -> Iterator[bytes]:
     try:
         with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
             yield from lines
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{file}: cannot be unpacked ({error}).") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise LineError(f"{file}: cannot be unpacked ({error})") from None
 
 
-def _check_readable(file: str) -> None:
-    """Raises OSError if it is not, and ValueError if there is nothing in it."""
-    if not any(line.strip() for line in _lines(file)):
-        raise ValueError(f"{file}: empty.")
+def check_file(file: str | os.PathLike) -> None:
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a regular file. Files are read more than once, which a pipe cannot be.
+    """
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError(f"{os.fspath(file)}: not a regular file.")
+    open(file, "rb").close()
 
 
 def _encode_line(tokenizer: Any, recent_messages: int, options: dict, line: bytes) -> dict[str, Any]:
@@ -416,7 +434,7 @@ def _encode_line(tokenizer: Any, recent_messages: int, options: dict, line: byte
         return {**empty, "problem": str(error)}
     try:
         return {**encode_episode(tokenizer, episode, **options), "problem": None}
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, LookupError) as error:
         return {**empty, "problem": f"the chat template refuses it ({error})"}
     except (TypeError, ValueError) as error:
         # A TypeError is the template's, which adds texts and lists, or the tokenizer's, which knows no halves
@@ -433,12 +451,6 @@ def _read_json(line: bytes) -> Any:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise ValueError("not JSON that can be read (nested too deeply)") from None
-
-
-def _is_usable(files: list[str], on_skip: Callable[[str], None], row: dict[str, Any]) -> bool:
-    if row["problem"] is not None:
-        on_skip(_report(files, row))
-    return row["problem"] is None
 
 
 def _report(files: list[str], row: dict[str, Any]) -> str:
@@ -478,6 +490,93 @@ def _import_datasets() -> Any:
     except ImportError:
         raise ImportError('training data needs datasets: pip install "delta-mem[train]"') from None
     return datasets
+
+
+# ---- streams ---------------------------------------------------------------------------------------
+
+
+class EpisodeStream(IterableDataset):
+    """The episodes of files, read and tokenized when they are asked for.
+
+    Iterated over, it is one pass in the files' order. The worker processes of a `DataLoader` share the lines.
+
+    Args:
+        files: paths.
+        encode: makes a row of a line, with the reason if it cannot be used.
+        strict, on_skip: as in `load_episodes`.
+
+    Raises:
+        LineError: while iterating, if not one line can be used or, with `strict`, for the first that cannot.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        encode: Callable[[bytes], dict[str, Any]],
+        strict: bool,
+        on_skip: Callable[[str], None],
+    ):
+        self.files = files
+        self.encode = encode
+        self.strict = strict
+        self.on_skip = on_skip
+        self._told = False  # of the lines left out: a whole pass has been
+        self._shuffle: tuple[int, int] | None = None
+
+    def endless(self, seed: int, buffer_size: int = SHUFFLE_BUFFER) -> EpisodeStream:
+        """Pass after pass, each in another order: what a run is trained on.
+
+        One pass would do as well, since the Trainer asks for it again and again; but a run that goes on from
+        a checkpoint finds its place in an endless stream only.
+
+        Args:
+            seed: of the orders.
+            buffer_size: episodes that are held, to draw the next one from.
+        """
+        stream = copy.copy(self)
+        stream._shuffle = seed, buffer_size
+        return stream
+
+    def __iter__(self) -> Iterator[dict[str, list]]:
+        if self._shuffle is None:
+            yield from self._pass()
+            return
+        seed, buffer_size = self._shuffle
+        for number in itertools.count():
+            row = None
+            for row in _shuffled(self._pass(), Random(f"{seed} {number}"), buffer_size):
+                yield row
+            if row is None:  # a worker's share holds nothing to be used
+                return
+
+    def _pass(self) -> Iterator[dict[str, list]]:
+        worker = get_worker_info()
+        reader, readers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        first, usable = None, False
+        for row in _rows(self.files, self.encode, self.strict, reader, readers):
+            if row["problem"] is None:
+                usable = True
+                yield {name: value for name, value in row.items() if name not in _ABOUT}
+                continue
+            first = first or _report(self.files, row)
+            if not self._told:
+                self.on_skip(_report(self.files, row))
+        self._told = True
+        if not usable and readers == 1:
+            raise LineError(f"not one line can be used; the first is {first}")
+
+
+def _shuffled(rows: Iterable[Any], rng: Random, buffer_size: int) -> Iterator[Any]:
+    buffer: list[Any] = []
+    for row in rows:
+        if len(buffer) < buffer_size:
+            buffer.append(row)
+            continue
+        place = rng.randrange(buffer_size)
+        yield buffer[place]
+        buffer[place] = row
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 # ---- batches ---------------------------------------------------------------------------------------

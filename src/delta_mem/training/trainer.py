@@ -15,6 +15,7 @@ decoder layer, and one step writes and reads through all layers many times.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -136,6 +138,14 @@ class EpisodeModule(nn.Module):
         items = sums["tokens"].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         table = torch.stack([values.detach() for values in sums.values()], 1)
         return {"loss": sums["loss"].sum() / items, "sums": table, "names": list(sums)}
+
+    def train(self, mode: bool = True) -> EpisodeModule:
+        """As for any module; but the backbone, which does not learn, stays as in use: without dropout."""
+        super().train(mode)
+        for module in self.model.backbone.modules():
+            # In training mode only, layers compute their activations again.
+            module.training = mode and getattr(module, "gradient_checkpointing", False)
+        return self
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
@@ -260,6 +270,13 @@ class MemoryTrainer(Trainer):
             self._sums = None
         super().log(logs, start_time)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer asks only after a step whether it is done: a finished run would go on by one.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     # ---- evaluation ------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -349,6 +366,23 @@ class MemoryTrainer(Trainer):
             for name in (checkpoint.WEIGHTS_FILE, checkpoint.CONFIG_FILE, "README.md"):
                 shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def last_checkpoint(folder: str | os.PathLike, on_skip: Callable[[str], None] = logger.warning) -> str | None:
+    """The newest whole checkpoint in a run's folder, to go on from; None if there is none.
+
+    Args:
+        folder: `output_dir` of a `Trainer` of any kind; need not exist.
+        on_skip: told of every newer checkpoint that is not whole, as a crash while it is saved leaves it.
+    """
+    found = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
+    for step in sorted((step for step in found if step.isdecimal()), key=int, reverse=True):
+        try:
+            json.loads((found[step] / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # is written last
+            return str(found[step])
+        except (OSError, ValueError):
+            on_skip(f"{found[step]}: not a whole checkpoint")
+    return None
 
 
 def _means(names: list[str], sums: Any) -> dict[str, float]:

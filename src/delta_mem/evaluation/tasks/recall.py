@@ -152,7 +152,12 @@ def held_out(
         facts, like: as for `conversation`.
         corrected: one fact of each conversation is corrected later, and only that one is asked.
         seed: names the set.
+
+    Raises:
+        ValueError: no facts, so nothing to ask; or as for `conversation`.
     """
+    if facts < 1:
+        raise ValueError(f"facts must be at least 1, got {facts}.")
     talks, missing = [], questions
     while missing > 0:
         rng = Random(f"held out/{seed}/{facts}/{corrected}/{sorted(like.items())}/{len(talks)}")
