@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,24 +127,33 @@ def test_several_adapters_and_tasks(line, tmp_path):
     assert [(row["task"], row["system"]) for row in rows] == [(task, name) for task in two for name in names]
 
 
+def offline(tmp_path, *options):
+    words = ["eval", "recall", "-m", "offline", "--limit", "4", "-o", tmp_path / "run", "--device", "cpu"]
+    return list(map(str, [*words, *options]))
+
+
 def test_the_offline_model_brings_its_adapters(tmp_path):
-    words = [
-        "eval",
-        "recall",
-        "-m",
-        "offline",
-        "--limit",
-        "4",
-        "-o",
-        str(tmp_path / "run"),
-        "--device",
-        "cpu",
-    ]
-    done([*words, "--systems", "none,full,delta"])
+    done(offline(tmp_path, "--systems", "none,full,delta"))
     rows = {row["system"]: row["score"] for row in results(tmp_path / "run")}
     assert list(rows) == ["none", "full", "delta[tsw]", "delta[ssw]", "delta[msw]"]
     assert rows["full"] > rows["none"]
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["dtype"] == "float32"
+
+
+def test_one_of_the_offline_adapters_alone(tmp_path):
+    done(offline(tmp_path, "--systems", "delta[msw]"))
+    assert [row["system"] for row in results(tmp_path / "run")] == ["delta[msw]"]
+    assert "no adapter has this label" in refusal(offline(tmp_path, "--systems", "delta[mws]"))
+
+
+def test_a_label_may_have_any_sign(line, files, tmp_path):
+    shutil.copytree(files / "tsw", tmp_path / "tsw+x")
+    words = line(
+        "--systems", "delta,delta+window", "--limit", 2, "--adapter", tmp_path / "tsw+x", adapters=("ssw",)
+    )
+    done(words)
+    names = ["delta[ssw]", "delta[tsw+x]", "delta[ssw]+window", "delta[tsw+x]+window"]
+    assert [row["system"] for row in results(tmp_path / "run")] == names
 
 
 def test_adapters_by_label(files):
@@ -233,6 +243,33 @@ def test_a_run_grows_by_systems_questions_and_adapters(line, straight, tmp_path)
     assert [row["questions"] for row in results(tmp_path / "run")] == [20] * 4
 
 
+def test_the_table_has_every_system_that_has_answered_all(line, tmp_path):
+    done(line("--limit", 4, "--systems", "none,window", adapters=()))
+    done(line("--limit", 8, "--systems", "none", adapters=()))
+    done(line("--limit", 8, "--systems", "full", adapters=()))
+    assert [row["system"] for row in results(tmp_path / "run")] == ["none", "full"]
+    done(line("--limit", 4, "--systems", "full", adapters=()))
+    rows = results(tmp_path / "run")
+    assert [(row["system"], row["questions"]) for row in rows] == [("none", 4), ("window", 4), ("full", 4)]
+    assert "| window |" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_what_is_searched_is_the_bare_question(line, tmp_path, monkeypatch):
+    from delta_mem.evaluation.systems import BM25Context
+
+    searched, scores = [], BM25Context.scores
+    monkeypatch.setattr(BM25Context, "scores", lambda *args: searched.append(args[2]) or scores(*args))
+    row = {
+        "id": "1",
+        "question": "Was Ed American?",
+        "answer": "yes",
+        "context": [["Ed", ["Ed was American."]]],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    done(line("--data", tmp_path / "rows.jsonl", "--systems", "bm25,delta+bm25", tasks=("hotpotqa",)))
+    assert searched == ["Was Ed American?"] * 2
+
+
 def test_ctrl_c_says_how_to_go_on(line, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -285,6 +322,116 @@ def test_broken_rows_are_named(line, tmp_path):
     assert sum(line.startswith("warning: ") and "rows.jsonl:" in line for line in told) == 20
     assert "rows.jsonl:1: not JSON" in result.stderr
     assert "no question in it can be used" in told[-1] and result.exit_code == 1
+
+
+def test_a_command_that_fails_leaves_no_settings(line, files, tmp_path):
+    refusal(line("--model", "./nowhere", "--top-k", 3, "--systems", "none"))
+    done(line("--limit", 2, "--systems", "none", adapters=()))
+    (tmp_path / "broken").mkdir()
+    refusal(line("--limit", 2, "--systems", "lora", "--lora", tmp_path / "broken", adapters=()))
+    assert "lora" not in json.loads((tmp_path / "run" / "settings.json").read_text())
+
+
+def test_settings_without_a_prediction_do_not_count(line, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("delta_mem.evaluation.runner.predict", killed)
+        assert run(line("--limit", 2, "--systems", "none", "--top-k", 3)).exit_code == 130
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["top_k"] == 3
+    done(line("--limit", 2, "--systems", "none"))
+
+
+def test_what_a_later_system_needs_is_missed_before_the_first_question(line, files, tmp_path):
+    pytest.importorskip("peft")
+    (tmp_path / "broken").mkdir()
+    wide = backbone("qwen3", vocab_size=400, num_hidden_layers=3)
+    other = dm.DeltaMemModel(wide, dm.DeltaMemConfig())
+    other.save_pretrained(tmp_path / "other")
+    for name, options in (
+        ("one", ("--systems", "none,lora", "--lora", tmp_path / "broken")),
+        ("two", ("--systems", "none,prefix", "--prefix", tmp_path / "broken")),
+        ("three", ("--systems", "none,delta[other]", "--adapter", tmp_path / "other")),
+    ):
+        refusal(line("--limit", 2, *options, name=name))
+        assert not list((tmp_path / name).iterdir()), name
+
+
+def test_a_run_is_of_its_datas_content(line, files, tmp_path, monkeypatch):
+    row = {
+        "id": "1",
+        "question": "Was Ed American?",
+        "answer": "yes",
+        "context": [["Ed", ["Ed was American."]]],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    words = ("--systems", "none", "--data")
+    done(line(*words, tmp_path / "rows.jsonl", tasks=("hotpotqa",)))
+    done(line(*words, "./rows.jsonl", tasks=("hotpotqa",)))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "answer": "no"}))
+    assert "another data of hotpotqa (rows.jsonl " in refusal(line(*words, "rows.jsonl", tasks=("hotpotqa",)))
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **named: [row])
+    done(line(*words[:2], tasks=("hotpotqa",), name="hub"))
+    told = refusal(line(*words, "rows.jsonl", tasks=("hotpotqa",), name="hub"))
+    assert "another data of hotpotqa (None, not rows.jsonl " in told
+
+
+def test_a_run_is_of_the_weights_of_its_model_and_adapters(line, files, tmp_path):
+    peft = pytest.importorskip("peft")
+    shutil.copytree(files / "model", tmp_path / "model")
+
+    def save(seed):
+        sizes = dict(vocab_size=400, num_hidden_layers=2)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(backbone("qwen3", **sizes), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += seed
+        model.save_pretrained(tmp_path / "lora")
+
+    save(0)
+    words = line(
+        "--limit", 2, "--systems", "lora", "--lora", tmp_path / "lora", "--model", tmp_path / "model"
+    )
+    done(words)
+    (tmp_path / "lora" / "README.md").write_text("A card.")
+    done(words)
+    save(1)
+    assert "another lora (lora " in refusal(words)
+    save(0)
+    done(words)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert "another model (model " in refusal(words)
+
+
+def test_of_several_processes_each_says_what_is_wrong(line, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = refusal(line("--systems", "none", "--model", "./nowhere"))
+    assert told == "Error: process 1: ./nowhere: no such folder."
+
+
+def test_a_full_disk_is_one_line(line, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "predictions.jsonl")
+
+    monkeypatch.setattr(Predictions, "add", full)
+    assert (
+        refusal(line("--limit", 2, "--systems", "none"))
+        == "Error: predictions.jsonl: No space left on device"
+    )
+
+
+def test_a_question_that_does_not_fit(line, tmp_path):
+    short = line("--limit", 8, "--systems", "none", "--context-tokens", 35, adapters=())
+    warning = next(text for text in done(short).stderr.splitlines() if text.startswith("warning: recall: "))
+    assert "of 8 questions longer than a prompt may be: read without the beginning" in warning
+    absurd = line("--limit", 8, "--systems", "none", "--context-tokens", 5, adapters=(), name="other")
+    assert "leaves no room for a question" in refusal(absurd)
 
 
 def test_a_run_with_other_settings_is_refused(line, files, tmp_path):
@@ -353,15 +500,14 @@ def test_a_summary_by_hand():
                 "seconds_to_keep": 1.0,
                 "peak_bytes": int(question.id),
             }
-    (row,) = report.summarize([(task, examples)], ["s"], lines)
+    lines[task.spec, "unfinished", "0"] = lines[task.spec, "s", "0"]
+    (row,) = report.summarize([(task, examples)], lines)
     assert (row["score"], row["questions"], row["conversations"]) == (0.75, 4, 2)
     assert (row["tokens_read"], row["bytes_kept"], row["peak_bytes"]) == (15, 200, 3)
     assert row["categories"] == {"a": {"questions": 2, "score": 0.5}, "b": {"questions": 2, "score": 1.0}}
     assert 0 <= row["low"] < 0.75 < row["high"] <= 1
     table = report.markdown([row])
     assert "| s | 75.0 (" in table and "| a (2) | b (2) |" in table and "| s | 50.0 | 100.0 |" in table
-    with pytest.raises(KeyError):
-        report.summarize([(task, examples)], ["other"], lines)
 
 
 def test_peak_memory_sees_what_was_in_use():

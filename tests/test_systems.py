@@ -1,5 +1,7 @@
 """Systems: what each reads and keeps, and that an answer depends on its question and history alone."""
 
+import copy
+import logging
 import random
 
 import numpy as np
@@ -104,7 +106,7 @@ def test_all_of_the_history(model):
 def test_the_oldest_messages_go_first(model):
     asked = len(TOKENIZER(read(NoContext(model, TOKENIZER)))["input_ids"])
     lengths = []
-    for limit in (10, asked, 100, 110, 120, 130, 140, 200, 1000):
+    for limit in (12, asked, 100, 110, 120, 130, 140, 200, 1000):
         system = FullContext(model, TOKENIZER, context_tokens=limit)
         ids = system.prompt(system.store(SAID), "Where did I move?", system.limit(8))
         text = TOKENIZER.decode(ids)
@@ -147,6 +149,53 @@ def test_the_best_messages_in_their_order(model, kind):
     for odd in ([], [{"role": "user", "content": "the"}]):  # nothing to find, or only stop words
         assert "the?" in read(system, "the?", odd)
     assert system.bytes_kept(system.keep([[]])) == 0
+
+
+def test_what_is_searched_is_the_bare_question(model):
+    """How to answer is made of words, too, which some message may have said."""
+    system = BM25Context(model, TOKENIZER, top_k=1)
+    ask, question = "Answer as short as a piano would. {}", "Whose sister?"
+    (stored,) = system.keep([SAID])
+    for search, said in ((None, "The piano"), (question, "My sister")):
+        text = TOKENIZER.decode(system.prompt(stored, ask.format(question), 500, search))
+        assert text.startswith(f"<|im_start|>user\n{said}") and text.count("<|im_start|>") == 3
+    searched = []
+    system.choose = lambda stored, search: searched.append(search) or []
+    system.answer([stored], [0, 0], [ask.format(question)] * 2, searches=[question, None])
+    assert searched == [question, ask.format(question)]
+
+
+def test_a_message_without_a_word_of_the_question_is_not_shown(model):
+    system = BM25Context(model, TOKENIZER, top_k=8)
+    (stored,) = system.keep([SAID])
+    assert sorted(system.choose(stored, "Which sister moved?")) == [0, 2]
+    assert system.choose(stored, "Quantum chromodynamics?") == []
+
+
+def test_where_not_all_that_was_found_fits_the_worst_goes(model):
+    said = [{"role": "user", "content": text} for text in ("Oslo Oslo Oslo!", "He saw Oslo, and much more.")]
+    system = BM25Context(model, TOKENIZER, top_k=2)
+    (stored,) = system.keep([said])
+    assert system.choose(stored, "Oslo") == [0, 1]
+    texts = [TOKENIZER.decode(system.prompt(stored, "Oslo", limit)) for limit in range(30, 200)]
+    shown = [("Oslo Oslo Oslo!" in text, "He saw" in text) for text in texts]
+    assert list(dict.fromkeys(shown)) == [(False, False), (True, False), (True, True)]
+
+
+def test_bm25_tells_nothing_of_its_indices(model, caplog):
+    with caplog.at_level(logging.DEBUG):
+        system = BM25Context(model, TOKENIZER)
+        system.keep([SAID])
+    assert not caplog.records
+
+
+def test_keys_and_values_do_not_depend_on_the_longest_answer(model):
+    long = [{"role": "user", "content": f"My number is {i}."} for i in range(300)]
+    sizes = {
+        FullContext(model, TOKENIZER, new).bytes_kept(FullContext(model, TOKENIZER, new).keep([long]))
+        for new in (8, 500)
+    }
+    assert sizes == {2 * 4 * 2 * 12 * 4 * 1024}
 
 
 def test_a_message_out_of_its_place_shows_its_date(model):
@@ -224,6 +273,27 @@ def test_a_cut_between_exchanges_where_there_is_one(delta):
     chunks = [TOKENIZER.decode(chunk.input_ids) for chunk, _ in system._chunks(SAID)]
     assert len(chunks) > 1
     assert all(chunk.startswith("<|im_start|>user") for chunk in chunks)
+
+
+@pytest.mark.parametrize("chunk", [20, 40, 100, 400, 100_000])
+def test_a_chunk_has_as_many_exchanges_as_fit(delta, chunk, monkeypatch):
+    """Found with few looks: to render a chat for each exchange takes a time that is quadratic in the chunk."""
+    history = [{**m, "content": m["content"] * (1 + i % 5)} for i, m in enumerate(HISTORIES[0] * 4)]
+    system = Memory(delta, TOKENIZER)
+    system.write_chunk = chunk
+    exchanges = [history[i : i + 2] for i in range(0, len(history), 2)]
+    expected = [exchanges[0]]
+    for exchange in exchanges[1:]:
+        if len(system.render([*expected[-1], *exchange], answer=False)) > chunk:
+            expected.append([])
+        expected[-1] = [*expected[-1], *exchange]
+    encoded, render, rendered = [], system.render, []
+    monkeypatch.setattr(system, "_encode", lambda chat: encoded.append(chat) or encode(chat))
+    monkeypatch.setattr(system, "render", lambda *args, **named: rendered.append(0) or render(*args, **named))
+    encode = Memory(delta, TOKENIZER)._encode
+    list(system._chunks(history))
+    assert encoded == expected
+    assert len(rendered) <= 4 * len(expected) + 4
 
 
 def test_the_memory_is_what_answers(delta):
@@ -314,6 +384,20 @@ def test_what_prompts_share_is_read_once(model, monkeypatch):
     assert sum(shape.numel() for shape in fed) < 1.5 * replies[0].tokens_read
 
 
+def test_what_is_shared_is_not_moved_for_every_token(model):
+    system = FullContext(model, TOKENIZER)
+    past = system._read(system.render(SAID), None)
+    expected, spread = copy.deepcopy(past), base._spread(past, 3, room=4)
+    expected.batch_repeat_interleave(3)
+    places = [layer.keys.data_ptr() for layer in spread.layers]
+    for tokens in (3, 1):
+        ids = torch.randint(3, 400, (3, tokens))
+        logits = [model(ids, past_key_values=cache).logits for cache in (expected, spread)]
+        assert torch.equal(*logits)
+    assert [layer.keys.data_ptr() for layer in spread.layers] == places
+    assert past.get_seq_length() == spread.get_seq_length() - 4
+
+
 def test_a_close_call_is_made_alone(model, monkeypatch):
     """Logits that differ by less than rounding are not decided by who else is in the batch."""
     system = NoContext(model, TOKENIZER, max_new_tokens=4)
@@ -332,6 +416,46 @@ def test_a_close_call_is_made_alone(model, monkeypatch):
     monkeypatch.setattr(base, "CLOSE_FLOAT32", 1e9)
     system.answer(kept, [0] * 3, queries)
     assert batches[1:] == [3, 1, 1, 1]
+
+
+def test_the_backbones_own_ways_of_generating_are_left_out(model, monkeypatch):
+    """A penalty on words that were said would be one on answers that are in the context."""
+    queries = ["Where do I live now? You live in Oslo, near the harbour!", "Who?"]
+
+    def answers(size):
+        system = FullContext(model, TOKENIZER, max_new_tokens=12, batch_size=size)
+        return system.answer(system.keep([SAID]), [0, 0], queries)
+
+    plain = answers(2)
+    own = dict(
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=12,
+        suppress_tokens=[5],
+        temperature=0.1,
+    )
+    with monkeypatch.context() as patch:
+        for name, value in own.items():
+            patch.setattr(model.generation_config, name, value)
+        config = model.generation_config
+        assert answers(2) == answers(1) == plain
+        assert model.generation_config is config and config.repetition_penalty == 5.0
+    ends = set(range(400))  # an answer ends where the backbone says
+    monkeypatch.setattr(model.generation_config, "eos_token_id", sorted(ends))
+    assert [reply.text for reply in answers(2)] != [reply.text for reply in plain]
+
+
+def test_a_batch_on_a_cpu_is_of_a_size_that_fits_its_cache(model, monkeypatch):
+    monkeypatch.setattr(base, "CPU_BATCH_TOKENS", 200)
+    system, sizes = NoContext(model, TOKENIZER, max_new_tokens=1), []
+    decode = system._decode
+    monkeypatch.setattr(
+        system, "_decode", lambda p, *rest: sizes.append(list(map(len, p))) or decode(p, *rest)
+    )
+    queries = ["Where? " * count for count in (1, 1, 1, 20, 20, 90)]
+    system.answer(system.keep([[]]), [0] * 6, queries)
+    assert sum(map(len, sizes)) >= 6 and len(sizes) > 2
+    assert all(len(batch) * max(batch) <= 200 or len(batch) == 1 for batch in sizes)
 
 
 def test_answers_of_different_lengths(model):
@@ -371,17 +495,23 @@ def options(adapters, monkeypatch):
     )
 
 
+def opened(name, model, options):
+    (one,) = expand_names([name], options)
+    return open_system(one, model, TOKENIZER, options)
+
+
 def test_every_system_by_name_leaves_the_backbone_as_it_was(options):
     from delta_mem.evaluation.systems.catalogue import NAMES
 
-    names = expand_names(NAMES, options)
+    chosen = {one.name: one for one in expand_names(NAMES, options)}
+    names = list(chosen)
     assert {"delta[tsw]", "delta[ssw]", "delta[tsw]+bm25", "delta[ssw]+dense"} <= set(names)
     model = frozen()
     ids = torch.tensor([TOKENIZER(SAID[0]["content"])["input_ids"]])
     before, trainable = model(ids).logits, [p.requires_grad for p in model.parameters()]
     answers = {}
     for name in names:
-        with open_system(name, model, TOKENIZER, options) as system:
+        with open_system(chosen[name], model, TOKENIZER, options) as system:
             kept = system.keep(HISTORIES)
             answers[name] = system.answer(kept, ROWS, QUERIES, [6] * len(ROWS))
             assert system.bytes_kept(kept) >= 0
@@ -396,8 +526,9 @@ def test_every_system_by_name_leaves_the_backbone_as_it_was(options):
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_a_static_adapter_knows_no_history(options, kind):
     model = frozen()
-    with open_system(kind, model, TOKENIZER, options) as system:
+    with opened(kind, model, options) as system:
         assert isinstance(system, StaticAdapter) and system.name == kind
+        assert system.pads == (kind == "lora")
         kept = system.keep(HISTORIES)
         first, second = system.answer(kept, [0, 1], ["Where do I live?"] * 2)
         assert first == second and system.bytes_kept(kept) == 0
@@ -409,6 +540,16 @@ def test_a_static_adapter_knows_no_history(options, kind):
         assert system.answer(kept, ROWS, QUERIES) == alone
 
 
+def test_one_adapter_alone_and_labels_as_they_come(options, adapters):
+    labelled = SystemOptions(adapters={"a+b": str(adapters / "TSW"), "x]": str(adapters / "SSW")}, top_k=2)
+    names = [one.name for one in expand_names(["delta", "delta[a+b]+bm25", "delta[x]]"], labelled)]
+    assert names == ["delta[a+b]", "delta[x]]", "delta[a+b]+bm25"]
+    for name, kind in zip(names, ("delta", "delta", "delta+bm25"), strict=True):
+        with opened(name, frozen(), labelled) as system:
+            assert system.name == kind
+    assert [one.name for one in expand_names(["delta[ssw]"], options)] == ["delta[ssw]"]
+
+
 def test_refused_by_name(options, adapters):
     none = SystemOptions()
     for names, given, says in (
@@ -416,6 +557,8 @@ def test_refused_by_name(options, adapters):
         (["lora"], none, "--lora NAME"),
         (["prefix"], none, "--prefix NAME"),
         (["delta+bm25"], none, "--adapter NAME"),
+        (["delta[msw]"], options, r"delta\[msw\]: no adapter has this label; give one by --adapter msw=NAME"),
+        (["delta[tsw]+lora"], options, "there is no system"),
     ):
         with pytest.raises(ValueError, match=says):
             expand_names(names, given)
@@ -423,18 +566,18 @@ def test_refused_by_name(options, adapters):
     for kind, other in (("lora", "prefix"), ("prefix", "lora")):
         wrong = SystemOptions(**{kind: str(adapters / other)})
         with pytest.raises(ValueError, match=f"--{kind} .*: is an adapter of PEFT's kind"):
-            open_system(kind, model, TOKENIZER, wrong).__enter__()
+            opened(kind, model, wrong).__enter__()
     small = frozen(hidden_size=24)
     with pytest.raises(ValueError, match="does not fit this backbone"):
-        open_system("lora", small, TOKENIZER, options).__enter__()
+        opened("lora", small, options).__enter__()
 
 
 @pytest.mark.parametrize(
     ("package", "make", "says"),
     [
-        ("bm25s", lambda model, options: open_system("bm25", model, TOKENIZER, options).__enter__(), "eval"),
+        ("bm25s", lambda model, options: opened("bm25", model, options).__enter__(), "eval"),
         ("sentence_transformers", lambda model, options: load_encoder("any", "cpu"), "dense"),
-        ("peft", lambda model, options: open_system("lora", model, TOKENIZER, options).__enter__(), "peft"),
+        ("peft", lambda model, options: opened("lora", model, options).__enter__(), "peft"),
     ],
     ids=["bm25s", "sentence-transformers", "peft"],
 )

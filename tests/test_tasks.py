@@ -117,6 +117,83 @@ def test_broken_rows_are_named_and_the_others_used(tmp_path):
     assert sum("a second question is called 7_00001/R.seats" in line for line in reports) == 1
 
 
+def test_of_two_questions_of_one_name_the_second_is_left_out():
+    class Twins(base.Task):
+        name = "twins"
+        metric = "right"
+
+        def read(self, data, seed, report):
+            asked = [
+                base.Question(name, query, "", None, 4)
+                for name, query in (("a", "1"), ("b", "2"), ("a", "3"))
+            ]
+            yield base.Example("one", [], asked)
+            yield base.Example("two", [], [replace(asked[1], query="4")])
+
+        def score(self, question, prediction):
+            return {}
+
+    reports = []
+    examples = list(Twins().examples(report=reports.append))
+    assert [q.query for q in questions(examples)] == ["1", "2"]
+    assert [line.rpartition("called ")[2] for line in reports] == ["a: left out", "b: left out"]
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    """JSON may hold it; a tokenizer would refuse it in the middle of a run."""
+    half = "dog \ud83d"
+    said = [*DIALOGUE["turns"][:-1], ["S", half]]
+    talk = {**TALK["conversation"], "session_2": [{"speaker": "Ben", "text": half}]}
+    picture = {**TALK["conversation"], "session_2": [{"speaker": "Ben", "text": "Hi", "blip_caption": half}]}
+    broken = {
+        "sgd": [{**DIALOGUE, "turns": said}, {**DIALOGUE, "id": half}],
+        "locomo": [{**TALK, "conversation": talk}, {**TALK, "conversation": picture}],
+        "hotpotqa": [
+            {**HOTPOT, "question": half},
+            {**OFFICIAL, "context": [["Ed", [half]]]},
+            {**OFFICIAL, "context": [[half, ["Ed."]]]},
+        ],
+        "memory-agent-bench": [
+            row("detective_qa", context=half),
+            row("detective_qa", questions=[half]),
+            row("detective_qa", [half]),
+        ],
+    }
+    good = {"sgd": DIALOGUE, "locomo": TALK, "hotpotqa": HOTPOT, "memory-agent-bench": row("detective_qa")}
+    for task, rows in broken.items():
+        examples, reports = read(task, write(tmp_path / f"{task}.jsonl", [*rows, good[task]]))
+        assert len(examples) == 1 and len(reports) == len(rows), task
+        assert all("is not a text: half a surrogate pair" in line for line in reports), reports
+    one_question = {**TALK, "qa": [{**TALK["qa"][0], "question": half}, *TALK["qa"][1:]]}
+    examples, reports = read("locomo", write(tmp_path / "one.jsonl", [one_question]))
+    assert len(questions(examples)) == 4 and len(reports) == 1
+
+
+def test_what_is_searched_for_is_the_question_without_how_to_answer(tmp_path):
+    rows = {"sgd": DIALOGUE, "locomo": TALK, "hotpotqa": HOTPOT, "memory-agent-bench": row("icl_x", [["2"]])}
+    found = {
+        task: questions(read(task, write(tmp_path / f"{task}.jsonl", [one]))[0]) for task, one in rows.items()
+    }
+    assert [q.search for q in found["locomo"]] == [asked["question"] for asked in TALK["qa"]]
+    assert [q.search for q in found["hotpotqa"]] == [HOTPOT["question"]]
+    assert [q.search for q in found["memory-agent-bench"]] == ["Question 0?"]
+    assert all(q.query == q.search + sgd.HOW for q in found["sgd"])
+    assert all(q.search in q.query != q.search for asked in found.values() for q in asked)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_gzip_file_that_is_not_whole_is_named(tmp_path, damage, kind):
+    rows = [dialogue(i) for i in range(300)]
+    path = write(tmp_path / f"x.{kind}.gz", rows if kind == "jsonl" else [json.dumps(rows)])
+    data = bytearray(path.read_bytes())
+    if damage == "changed":
+        data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
+    path.write_bytes(data[:-20] if damage == "cut" else data)
+    with pytest.raises(ValueError, match=f"x.{kind}.gz: not a whole gzip file"):
+        read("sgd", path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
@@ -505,15 +582,26 @@ def test_memory_agent_bench_recommends_movies_by_the_ids_beside_the_data(tmp_pat
     scores = task.score(question, "1. Alien (1979)\n2. Up\n3. Up")
     assert scores["score"] == scores["recsys_recall@5"] == 1 / 2
 
+    strange = [row("recsys_redial_full", [["0", "7"]]), row("recsys_redial_full", [["Up"]])]
+    examples, reports = read(
+        "memory-agent-bench", write(data, [*strange, row("recsys_redial_full", [["0"]])])
+    )
+    assert len(examples) == 1 and len(reports) == 2
+    assert "the answer '7' of question 1 is no id in entity2id.json" in reports[0] and "'Up'" in reports[1]
+    write(tmp_path / "entity2id.json", [{"Up": "one"}])
+    with pytest.raises(ValueError, match="entity2id.json: not an object of names and ids"):
+        read("memory-agent-bench", data)
+
 
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        (row("squad"), "the source 'squad' is none of"),
+        (row("squad"), "MemoryAgentBench has no source 'squad'; its sources begin with ruler_qa"),
         (row("detective_qa", context=""), "'context' is empty"),
         (row("detective_qa", metadata={}), "no 'source'"),
         (row("detective_qa", answers=[["a"]], questions=["?", "??"]), "2 questions and 1 answers"),
-        (row("detective_qa", answers=[[3]]), "the answers of question 1 are not texts"),
+        (row("detective_qa", answers=[[3]]), "an answer of question 1 is not a text"),
+        (row("detective_qa", answers=[3]), "the answers of question 1 are not a list of texts"),
         (row("detective_qa", answers=[], questions=[]), "no question"),
     ],
 )
@@ -577,6 +665,7 @@ def test_hotpotqa_names_broken_rows(tmp_path):
         {**OFFICIAL, "context": [["Scott", "text"]]},
         {**HOTPOT, "context": titles},
         {**HOTPOT, "context": []},
+        {**HOTPOT, "type": ["bridge"]},
         HOTPOT,
     ]
     examples, reports = read("hotpotqa", write(tmp_path / "x.jsonl", rows))
@@ -585,6 +674,7 @@ def test_hotpotqa_names_broken_rows(tmp_path):
         "'context' is not made of titles",
         "'context' has 1 titles and 0 paragraphs",
         "'context' is empty",
+        "'type' is a list",
     ]
     assert all(reason in line for reason, line in zip(reasons, reports, strict=True))
     assert hotpotqa.MAX_NEW_TOKENS == examples[0].questions[0].max_new_tokens == locomo.MAX_NEW_TOKENS

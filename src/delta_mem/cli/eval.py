@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .common import Dtype, complain, err, load_backbone, out, plural, user_errors
+from .common import Dtype, complain, err, load_backbone, out, plural
 
 if TYPE_CHECKING:
-    from ..evaluation.systems import SystemOptions
+    from ..evaluation.systems import System, SystemOptions
     from ..evaluation.tasks import Example, Task
 
 OFFLINE = "offline"  # the model that comes with the package
@@ -77,7 +79,7 @@ def evaluate(
             "-s",
             metavar="LIST",
             help="none, full, window, bm25, dense, lora, prefix, delta, and delta with one of the contexts: "
-            "delta+full, delta+window, …",
+            "delta+full, delta+window, …; of several adapters one alone: delta[tsw].",
             show_default="none,full,bm25, and delta if there is an adapter",
         ),
     ] = None,
@@ -107,7 +109,7 @@ def evaluate(
         _option(
             metavar="N",
             min=1,
-            help="Longest prompt, in tokens; the oldest messages go first.",
+            help="Longest prompt, in tokens; messages that do not fit are left out.",
             show_default="as many as the model has positions for",
         ),
     ] = None,
@@ -153,13 +155,13 @@ def evaluate(
 
     Example: delta-mem eval recall -m offline -s none,full,delta -o results
     """
-    from ..evaluation.systems import SystemOptions, expand_names, open_system
+    from ..evaluation.systems import NoContext, SystemOptions, expand_names, open_system
     from ..evaluation.systems.context import ENCODER
     from ..evaluation.tasks import parse
 
     process = Process()
-    err.quiet = not process.first  # what goes wrong goes wrong in all of them
-    with _user_errors():
+    err.quiet = not process.first
+    with _user_errors(process):
         from ..evaluation.runner import Predictions, predict
 
         chosen = {task.spec: task for task in map(parse, tasks)}
@@ -180,52 +182,56 @@ def evaluate(
             batch_size=batch_size,
         )
         wanted = (systems or "none,full,bm25" + (",delta" if adapters else "")).split(",")
-        names = expand_names([name.strip() for name in wanted], options)
-        settings = _settings(model, options, files, dtype, seed)
+        named = expand_names([name.strip() for name in wanted], options)
         asked = [(task, _examples(task, files.get(task.name), limit, seed)) for task in chosen.values()]
+        output.mkdir(parents=True, exist_ok=True)
         if process.first:
+            data_of = {task.name: files.get(task.name) for task in chosen.values()}
+            settings = _settings(backbone_name, options, data_of, dtype, seed)
+            _check_settings(output, settings)
+        backbone, tokenizer = _load(backbone_name, process.device(device), dtype)
+        longest = max(q.max_new_tokens for _, examples in asked for e in examples for q in e.questions)
+        for one in named:  # what is missing for the last of them is missing now
+            with open_system(one, backbone, tokenizer, options) as system:
+                system.limit(longest)
+        if process.first:
+            _warn_of_long_questions(asked, NoContext(backbone, tokenizer, context_tokens=context_tokens))
             _keep_settings(output, settings)
     process.join()
-    with _user_errors():
-        backbone, tokenizer = _load(backbone_name, process.device(device), dtype)
-    longest = max(q.max_new_tokens for _, examples in asked for e in examples for q in e.questions)
 
     from torch import OutOfMemoryError
 
     try:
-        with _user_errors():
+        with _user_errors(process):
             predictions = Predictions(output, process.rank)
+        names = [one.name for one in named]
         with predictions, ProgressBar(asked, names, predictions.lines, process) as bar:
-            for name in names:
-                with contextlib.ExitStack() as stack:
-                    with _user_errors():
-                        system = stack.enter_context(open_system(name, backbone, tokenizer, options))
-                        system.limit(longest)
+            for one in named:
+                with open_system(one, backbone, tokenizer, options) as system:
                     for task, examples in asked:
-                        predict(
-                            system, name, task, process.share(examples), predictions, bar.start(task, name)
-                        )
+                        told = bar.start(task, one.name)
+                        predict(system, one.name, task, process.share(examples), predictions, told)
     except KeyboardInterrupt:
         err.print("Stopped. The same command goes on from here.")
         raise typer.Exit(INTERRUPTED) from None
     except OutOfMemoryError as error:
         advice = "try a lower --batch-size or --context-tokens"
-        complain(ValueError(f"{str(error).splitlines()[0]} ({advice})"))
-        raise typer.Exit(1) from None
+        process.fail(ValueError(f"{str(error).splitlines()[0]} ({advice})"))
+    except OSError as error:  # such as a full disk
+        process.fail(error)
     process.join()
     if process.first:
-        with _user_errors():
-            _report(output, asked, names, settings, backbone)
+        with _user_errors(process):
+            _report(output, asked, settings, backbone)
 
 
 @contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """As `user_errors`; a package that is missing is one of them."""
-    with user_errors():
-        try:
-            yield
-        except ImportError as error:
-            raise ValueError(str(error)) from None
+def _user_errors(process: Process) -> Iterator[None]:
+    """As `common.user_errors`, in one of several processes; a package that is missing is one of them."""
+    try:
+        yield
+    except (ImportError, ValueError, OSError) as error:
+        process.fail(error)
 
 
 # ---- what is asked for -----------------------------------------------------------------------------
@@ -235,11 +241,8 @@ def parse_adapters(values: Sequence[str]) -> dict[str, str]:
     """{label: folder or hub id} of "name" and "label=name"; a single one without a label needs none.
 
     Raises:
-        FileNotFoundError, AdapterFormatError: no such adapter, or a broken one.
         ValueError: two of one label.
     """
-    from ..checkpoint import load_adapter
-
     adapters: dict[str, str] = {}
     for value in values:
         label, equals, name = value.partition("=")
@@ -248,7 +251,6 @@ def parse_adapters(values: Sequence[str]) -> dict[str, str]:
             label = "" if len(values) == 1 else Path(value).name
         if label in adapters:
             raise ValueError(f"two adapters are labelled {label!r}; name them: --adapter label={name}.")
-        load_adapter(name)  # a wrong path shows here, before the minutes that a large backbone takes
         adapters[label] = name
     return adapters
 
@@ -300,6 +302,20 @@ def _examples(task: Task, data: Path | None, limit: int | None, seed: int) -> li
     return examples
 
 
+def _warn_of_long_questions(asked: Iterable[tuple[Task, Sequence[Example]]], system: System) -> None:
+    for task, examples in asked:
+        questions = [question for example in examples for question in example.questions]
+        cut = sum(not system.fits(question.query, question.max_new_tokens) for question in questions)
+        if cut:
+            of = f"{cut:,} of {plural(len(questions), 'question')}"
+            err.print(
+                f"warning: {task.spec}: {of} longer than a prompt may be: read without the beginning",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
 def _load(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     err.print(f"Loading {name} …", style="dim", markup=False, soft_wrap=True)
     backbone, tokenizer = load_backbone(name, device, dtype)
@@ -312,48 +328,79 @@ def _load(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
 
 
 def _settings(
-    model: str, options: SystemOptions, files: Mapping[str, Path], dtype: Dtype, seed: int
+    model: str, options: SystemOptions, data: Mapping[str, Path | None], dtype: Dtype, seed: int
 ) -> dict[str, Any]:
-    """What predictions depend on, flat, so that a later run may add to it."""
+    """What predictions depend on, flat, so that a later run may add to it.
+
+    Raises:
+        FileNotFoundError, AdapterFormatError: no such adapter, or a broken one.
+        OSError: a file cannot be read.
+    """
     from ..checkpoint import load_adapter
 
+    made_with = asdict(options)
+    del made_with["batch_size"]
+    adapters, peft = made_with.pop("adapters"), {kind: made_with.pop(kind) for kind in ("lora", "prefix")}
     return {
-        "model": model,
+        "model": _content(model),
         "dtype": dtype.value,
         "seed": seed,
-        "context_tokens": options.context_tokens,
-        "window": options.window,
-        "top_k": options.top_k,
-        "encoder": options.encoder,
-        "write_chunk": options.write_chunk,
+        **made_with,
         **{
-            f"adapter {label}".strip(): f"{name} {load_adapter(name).fingerprint()[:16]}"
-            for label, name in options.adapters.items()
+            f"adapter {label}".strip(): load_adapter(name).fingerprint()[:16]
+            for label, name in adapters.items()
         },
-        **{name: path for name, path in (("lora", options.lora), ("prefix", options.prefix)) if path},
-        **{f"data of {name}": str(path) for name, path in files.items()},
+        **{kind: _content(name) for kind, name in peft.items() if name},
+        **{f"data of {task}": file and _content(file) for task, file in data.items()},
     }
 
 
-def _keep_settings(output: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings beside the predictions, together with those that were there.
+def _content(name: str | Path) -> str:
+    """What a file or folder is called, and a digest of what is in it; what is on the hub, by its name."""
+    path = Path(name)
+    if not path.exists():
+        return str(name)
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        # Not what is beside the content: a model card, the files of a file manager.
+        if file.is_file() and file.suffix != ".md" and not file.name.startswith("."):
+            digest.update(f"{file.name}\n".encode())
+            with file.open("rb") as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
+    return f"{path.absolute().name} {digest.hexdigest()[:16]}"
+
+
+def _settings_of(output: Path) -> dict[str, Any]:
+    """The settings of what was predicted into a folder."""
+    from ..files import read_json
+
+    predicted = any(b"\n" in file.read_bytes() for file in output.glob("predictions*.jsonl"))
+    file = output / SETTINGS_FILE
+    return read_json(file) if predicted and file.exists() else {}
+
+
+def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
+    """Sees that what was predicted there, if anything, was predicted with the same settings.
 
     Raises:
-        ValueError: the predictions that are there were made with other settings.
-        OSError: the folder cannot be made or written to.
+        ValueError: it was not.
     """
-    from ..files import read_json, write_atomically
-
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / SETTINGS_FILE
-    before = read_json(file) if file.exists() else {}
+    before = _settings_of(output)
     for name, value in settings.items():
         if name in before and before[name] != value:
             raise ValueError(
                 f"{output} holds a run with another {name} ({before[name]}, not {value}): "
                 "name another folder."
             )
-    write_atomically(file, json.dumps({**before, **settings}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _keep_settings(output: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings beside the predictions, together with those that were there."""
+    from ..files import write_atomically
+
+    kept = {**_settings_of(output), **settings}
+    write_atomically(output / SETTINGS_FILE, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---- processes -------------------------------------------------------------------------------------
@@ -375,6 +422,12 @@ class Process:
             kind = torch.accelerator.current_accelerator().type
             return f"{kind}:{int(os.environ.get('LOCAL_RANK', 0)) % torch.accelerator.device_count()}"
         return name
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Ends the command with one line."""
+        err.quiet = False
+        complain(error if self.count == 1 else ValueError(f"process {self.rank}: {error}"))
+        raise typer.Exit(1) from None
 
     def share(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples that are this process's."""
@@ -451,7 +504,6 @@ class ProgressBar:
 def _report(
     output: Path,
     asked: Sequence[tuple[Task, Sequence[Example]]],
-    names: Sequence[str],
     settings: Mapping[str, Any],
     backbone: Any,
 ) -> None:
@@ -459,7 +511,7 @@ def _report(
     from ..evaluation.runner import read_predictions
     from ..files import write_atomically
 
-    rows = report.summarize(asked, names, read_predictions(output))
+    rows = report.summarize(asked, read_predictions(output))
     results = {
         "command": shlex.join(["delta-mem", *sys.argv[1:]]),
         "settings": settings,

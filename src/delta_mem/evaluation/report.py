@@ -23,10 +23,8 @@ COLUMNS = (
 )
 
 
-def summarize(
-    tasks: Iterable[tuple[Task, Sequence[Example]]], systems: Sequence[str], lines: Mapping[Key, Line]
-) -> list[Row]:
-    """A row for each task and system, in their order.
+def summarize(tasks: Iterable[tuple[Task, Sequence[Example]]], lines: Mapping[Key, Line]) -> list[Row]:
+    """A row for each task and each system that has answered all its questions, in their order.
 
     A row holds "task", "system", "metric" and "questions" (their number); "score", its 95 % bootstrap
     interval "low" and "high"; "metrics", the means of all scores, and "categories", {category: {"questions",
@@ -35,21 +33,15 @@ def summarize(
 
     Args:
         tasks: with the examples that count.
-        systems: their names.
-        lines: a prediction for every question of every task and system.
-
-    Raises:
-        KeyError: there is none.
+        lines: the predictions.
     """
     rows = []
     for task, examples in tasks:
-        for system in systems:
-            found = [
-                lines[task.spec, system, question.id]
-                for example in examples
-                for question in example.questions
-            ]
-            rows.append(_row(task, system, found))
+        asked = [question.id for example in examples for question in example.questions]
+        for system in dict.fromkeys(system for spec, system, _ in lines if spec == task.spec):
+            found = [lines.get((task.spec, system, question)) for question in asked]
+            if all(found):
+                rows.append(_row(task, system, found))
     return rows
 
 

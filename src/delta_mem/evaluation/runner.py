@@ -1,9 +1,9 @@
 """Running tasks on systems: every prediction is written down as it is made, and none is made twice.
 
     with Predictions(folder) as predictions:
-        for name in names:
-            with open_system(name, backbone, tokenizer, options) as system:
-                predict(system, name, task, examples, predictions)
+        for chosen in systems:
+            with open_system(chosen, backbone, tokenizer, options) as system:
+                predict(system, chosen.name, task, examples, predictions)
 
 Predictions are lines of JSON in `predictions.jsonl`; of a run of several processes, each after the first has
 a file of its own, `predictions-1.jsonl` and so on. A run that was killed goes on where it was. What follows
@@ -167,7 +167,11 @@ def _predict_block(
         )
     asked = [(row, question) for row, (_, questions) in enumerate(block) for question in questions]
     replies = system.replies(
-        kept, [row for row, _ in asked], [q.query for _, q in asked], [q.max_new_tokens for _, q in asked]
+        kept,
+        [row for row, _ in asked],
+        [question.query for _, question in asked],
+        [question.max_new_tokens for _, question in asked],
+        [question.search for _, question in asked],
     )
     start = time.perf_counter()
     for batch in replies:

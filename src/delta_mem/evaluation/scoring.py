@@ -200,7 +200,7 @@ def main_metric(source: str) -> str:
     Raises:
         ValueError: The published dataset has no such source.
     """
-    return MAIN_METRICS[_family(source)]
+    return MAIN_METRICS[family(source)]
 
 
 def memory_agent_bench(
@@ -225,23 +225,28 @@ def memory_agent_bench(
         ValueError: The published dataset has no such source; there is no answer; a `recsys_*` source without
             `movies`, or an answer of it that is no id in them.
     """
-    family, expected, line = _family(source), _acceptable(answers), _answer_line(_string(prediction))
-    if family == "recsys":
+    kind, expected, line = family(source), _acceptable(answers), _answer_line(_string(prediction))
+    if kind == "recsys":
         return _movie_recall(expected, prediction, movies)
     scores = _text_scores(expected, line)
-    if family == "eventqa":
+    if kind == "eventqa":
         said = prediction.lower()
         return {**scores, "eventqa_recall": float(all(answer.lower() in said for answer in expected))}
-    if family == "icl":
+    if kind == "icl":
         return scores
     whole = _text_scores(expected, prediction)
     return {metric: max(score, whole[metric]) for metric, score in scores.items()}
 
 
-def _family(source: str) -> str:
-    for family in MAIN_METRICS:
-        if str(source).startswith(family):
-            return family
+def family(source: str) -> str:
+    """The one of the benchmark's kinds of sources that a source is of: what its name begins with.
+
+    Raises:
+        ValueError: The published dataset has no such source.
+    """
+    for beginning in MAIN_METRICS:
+        if source.startswith(beginning):
+            return beginning
     raise ValueError(
         f"MemoryAgentBench has no source {source!r}; its sources begin with {', '.join(MAIN_METRICS)}"
     )
@@ -296,6 +301,7 @@ def _movie_recall(answers: list[str], prediction: str, movies: Mapping[str, int]
     }
 
 
+@functools.cache  # a question is compared with all of some 30,000 movies
 def _title(name: str) -> str:
     """The title in a name of `entity2id.json`, a DBpedia address such as `<…/Alien_(film)>`."""
     name = re.sub("[_>-]", " ", name.split("/")[-1])

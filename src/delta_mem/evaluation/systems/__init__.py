@@ -13,13 +13,14 @@ name.
 """
 
 from .base import Reply, System
-from .catalogue import SystemOptions, expand_names, open_system
+from .catalogue import Chosen, SystemOptions, expand_names, open_system
 from .context import BM25Context, Context, DenseContext, FullContext, NoContext, WindowContext
 from .memory import Memory
 from .static import StaticAdapter
 
 __all__ = [
     "BM25Context",
+    "Chosen",
     "Context",
     "DenseContext",
     "FullContext",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,67 +52,88 @@ class SystemOptions:
     batch_size: int = 16
 
 
-def expand_names(names: Sequence[str], options: SystemOptions) -> list[str]:
+@dataclass(frozen=True)
+class Chosen:
+    """A system that was asked for.
+
+    Attributes:
+        name: what it is called in tables: "bm25", "delta[tsw]+bm25".
+        context: "none", one of `CONTEXTS`, "lora" or "prefix".
+        adapter: of its memory, a folder or hub id; None: it has no memory.
+    """
+
+    name: str
+    context: str
+    adapter: str | None = None
+
+
+def expand_names(names: Sequence[str], options: SystemOptions) -> list[Chosen]:
     """The systems that `names` stand for: "delta" is one for each adapter, "delta[tsw]" and "delta[ssw]".
 
     Raises:
         ValueError: an unknown name, or one that needs an adapter that is not given.
     """
-    expanded: list[str] = []
+    expanded: list[Chosen] = []
     for name in names:
-        if name not in NAMES:
+        one = re.fullmatch(r"delta\[(.*)\](\+\w+)?", name)
+        kind = "delta" + (one[2] or "") if one else name
+        if kind not in NAMES:
             raise ValueError(f"there is no system {name!r}; there are {', '.join(NAMES)}.")
-        if name in ("lora", "prefix") and getattr(options, name) is None:
-            raise ValueError(f"{name} needs a PEFT adapter trained for this backbone: --{name} NAME.")
-        if name.startswith("delta") and not options.adapters:
+        if kind in ("lora", "prefix") and getattr(options, kind) is None:
+            raise ValueError(f"{kind} needs a PEFT adapter trained for this backbone: --{kind} NAME.")
+        if not kind.startswith("delta"):
+            expanded.append(Chosen(kind, kind))
+            continue
+        if not options.adapters:
             raise ValueError(f"{name} needs the memory's trained weights: --adapter NAME.")
-        labels = options.adapters if name.startswith("delta") else [""]
-        expanded += [name.replace("delta", f"delta[{label}]") if label else name for label in labels]
+        if one and one[1] not in options.adapters:
+            raise ValueError(f"{name}: no adapter has this label; give one by --adapter {one[1]}=NAME.")
+        context = kind.removeprefix("delta").removeprefix("+") or "none"
+        for label in [one[1]] if one else options.adapters:
+            called = kind.replace("delta", f"delta[{label}]") if label else kind
+            expanded.append(Chosen(called, context, options.adapters[label]))
     return list(dict.fromkeys(expanded))
 
 
 @contextlib.contextmanager
-def open_system(name: str, backbone: Any, tokenizer: Any, options: SystemOptions) -> Iterator[System]:
-    """The system of that name (one of `expand_names`) on a backbone, which is itself again afterwards.
+def open_system(chosen: Chosen, backbone: Any, tokenizer: Any, options: SystemOptions) -> Iterator[System]:
+    """The system (one of `expand_names`) on a backbone, which is itself again afterwards.
 
     Raises:
         ImportError: a package that the system needs is missing.
         ValueError, OSError: an adapter cannot be loaded, or is not for this backbone.
     """
-    adapter, _, context = name.partition("+")
-    common = {"batch_size": options.batch_size, "context_tokens": options.context_tokens}
-
-    def on(model: Any, context: str) -> Context:
-        return _contexts(options, backbone)[context](model, tokenizer, **common)
-
-    if adapter in ("lora", "prefix"):
-        with _peft(getattr(options, adapter), adapter, backbone) as model:
-            yield StaticAdapter(model, tokenizer, **common)
-    elif adapter.startswith("delta"):
+    if chosen.context in ("lora", "prefix"):
+        with _peft(getattr(options, chosen.context), chosen.context, backbone) as model:
+            yield StaticAdapter(model, tokenizer, **_common(options))
+    elif chosen.adapter is not None:
         from ...model import DeltaMemModel
 
-        model = DeltaMemModel.from_pretrained(backbone, options.adapters[adapter[len("delta[") : -1]])
+        model = DeltaMemModel.from_pretrained(backbone, chosen.adapter)
         try:
-            beside = on(model, context) if context else None
-            yield Memory(model, tokenizer, context=beside, write_chunk=options.write_chunk, **common)
+            beside = None if chosen.context == "none" else _context(chosen.context, model, tokenizer, options)
+            chunk = options.write_chunk
+            yield Memory(model, tokenizer, context=beside, write_chunk=chunk, **_common(options))
         finally:
             model.detach()
     else:
-        yield on(backbone, adapter)
+        yield _context(chosen.context, backbone, tokenizer, options)
 
 
-def _contexts(options: SystemOptions, backbone: Any) -> dict[str, Callable[..., Context]]:
-    def dense(*settings: Any, **named: Any) -> DenseContext:
-        encoder = load_encoder(options.encoder, backbone.device)
-        return DenseContext(*settings, top_k=options.top_k, encoder=encoder, **named)
+def _common(options: SystemOptions) -> dict[str, Any]:
+    return {"batch_size": options.batch_size, "context_tokens": options.context_tokens}
 
-    return {
-        "none": NoContext,
-        "full": FullContext,
-        "window": lambda *settings, **named: WindowContext(*settings, messages=options.window, **named),
-        "bm25": lambda *settings, **named: BM25Context(*settings, top_k=options.top_k, **named),
-        "dense": dense,
-    }
+
+def _context(name: str, model: Any, tokenizer: Any, options: SystemOptions) -> Context:
+    settings = _common(options)
+    if name == "window":
+        return WindowContext(model, tokenizer, messages=options.window, **settings)
+    if name == "bm25":
+        return BM25Context(model, tokenizer, top_k=options.top_k, **settings)
+    if name == "dense":
+        encoder = load_encoder(options.encoder, model.device)
+        return DenseContext(model, tokenizer, top_k=options.top_k, encoder=encoder, **settings)
+    return (FullContext if name == "full" else NoContext)(model, tokenizer, **settings)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,12 @@ class Stored:
 class Context(System):
     """A system that puts messages of the history into the context, before the question, in their order.
 
-    Where there is no room for all of the chosen ones, the oldest are left out.
+    Where there is no room for all of the chosen ones, those that were chosen last are left out.
     """
 
-    def choose(self, stored: Stored, query: str) -> list[int]:
-        """The indices, ascending, of the messages that are to be in the context."""
-        return list(range(len(stored.messages)))
+    def choose(self, stored: Stored, search: str) -> list[int]:
+        """The indices of the messages that are to be in the context, the most wanted first."""
+        return list(range(len(stored.messages)))[::-1]
 
     def index(self, messages: Sequence[Message]) -> Any:
         """What messages will be found by."""
@@ -49,30 +50,21 @@ class Context(System):
 
     def store(self, history: Sequence[Message]) -> Stored:
         messages = list(history)
-        texts = [message["content"] for message in messages]
-        counts = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return Stored(messages, [len(ids) + self._glue for ids in counts], self.index(messages))
+        return Stored(messages, self.counts(messages), self.index(messages))
 
-    def prompt(self, stored: Stored, query: str, limit: int) -> list[int]:
+    def prompt(self, stored: Stored, query: str, limit: int, search: str | None = None) -> list[int]:
         asked = self.render([user(query)])
         room = limit - -(-len(asked) // ROOM) * ROOM
-        chosen = self.choose(stored, query)
+        chosen = self.choose(stored, query if search is None else search)
         total = sum(stored.tokens[i] for i in chosen)
         while chosen and total > room:
-            total -= stored.tokens[chosen.pop(0)]
+            total -= stored.tokens[chosen.pop()]
         while chosen:
-            ids = self.render([*_dated(stored.messages[i] for i in chosen), user(query)])
+            ids = self.render([*_dated(stored.messages[i] for i in sorted(chosen)), user(query)])
             if len(ids) <= limit:
                 return ids
-            chosen.pop(0)
+            chosen.pop()
         return asked[-limit:]
-
-    @cached_property
-    def _glue(self) -> int:
-        """Tokens that the chat template puts around a message."""
-        pair = [user("x"), {"role": "assistant", "content": "x"}]
-        tokens = len(self.render(pair * 2, answer=False)) - len(self.render(pair, answer=False))
-        return -(-tokens // 2) - len(self.tokenizer("x", add_special_tokens=False)["input_ids"])
 
     def _cache_bytes(self, tokens: int) -> int:
         """Bytes of the keys and values of so many tokens, in all layers."""
@@ -111,10 +103,9 @@ class FullContext(Context):
     name = "full"
 
     def size(self, stored: Stored) -> int:
-        """Keys and values of the messages in the context: what a server keeps to go on from them."""
-        limit = self.limit(self.max_new_tokens)
+        """Keys and values of the messages, as many as fit: what a server keeps to go on from them."""
         chosen = self.choose(stored, "")
-        return self._cache_bytes(min(limit, sum(stored.tokens[i] for i in chosen)))
+        return self._cache_bytes(min(self.limit(0), sum(stored.tokens[i] for i in chosen)))
 
 
 class WindowContext(FullContext):
@@ -131,8 +122,8 @@ class WindowContext(FullContext):
         super().__init__(*settings, **named)
         self.messages = messages
 
-    def choose(self, stored: Stored, query: str) -> list[int]:
-        return list(range(len(stored.messages)))[-self.messages :]
+    def choose(self, stored: Stored, search: str) -> list[int]:
+        return super().choose(stored, search)[: self.messages]
 
 
 class _Retrieval(Context):
@@ -156,15 +147,15 @@ class _Retrieval(Context):
         """Bytes of that."""
 
     @abstractmethod
-    def scores(self, stored: Stored, query: str) -> np.ndarray:
-        """How well each message fits, float [messages]."""
+    def scores(self, stored: Stored, search: str) -> np.ndarray:
+        """How well each message fits, float [messages]; −inf: not at all."""
 
-    def choose(self, stored: Stored, query: str) -> list[int]:
+    def choose(self, stored: Stored, search: str) -> list[int]:
         if not stored.messages:
             return []
-        # Of equally good ones the first.
-        best = np.argsort(-self.scores(stored, query), kind="stable")[: self.top_k]
-        return sorted(best.tolist())
+        scores = self.scores(stored, search)
+        best = np.argsort(-scores, kind="stable")[: self.top_k]  # of equally good ones the first
+        return [i for i in best.tolist() if scores[i] > -np.inf]
 
     def size(self, stored: Stored) -> int:
         """The messages' text, and what they are found by."""
@@ -187,6 +178,8 @@ class BM25Context(_Retrieval):
             import bm25s
         except ModuleNotFoundError:
             raise ImportError('bm25 needs bm25s: pip install "delta-mem[eval]"') from None
+        # It sets its logger to tell of every index, and any handler on the root logger would.
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._bm25s = bm25s
 
     def index(self, messages: Sequence[Message]) -> Any:
@@ -197,11 +190,12 @@ class BM25Context(_Retrieval):
         index.index(words, show_progress=False)
         return index
 
-    def scores(self, stored: Stored, query: str) -> np.ndarray:
-        (words,) = self._words([query])
+    def scores(self, stored: Stored, search: str) -> np.ndarray:
+        (words,) = self._words([search])
         if stored.index is None or not words:
-            return np.zeros(len(stored.messages))
-        return stored.index.get_scores(words)
+            return np.full(len(stored.messages), -np.inf)
+        scores = stored.index.get_scores(words)
+        return np.where(scores > 0, scores, -np.inf)
 
     def index_bytes(self, index: Any) -> int:
         if index is None:
@@ -232,14 +226,15 @@ class DenseContext(_Retrieval):
         options = {"normalize_embeddings": True, "show_progress_bar": False}
         return np.asarray(self.encoder.encode_document(texts, **options)) if texts else None
 
-    def scores(self, stored: Stored, query: str) -> np.ndarray:
+    def scores(self, stored: Stored, search: str) -> np.ndarray:
         options = {"normalize_embeddings": True, "show_progress_bar": False}
-        return stored.index @ np.asarray(self.encoder.encode_query([query], **options))[0]
+        return stored.index @ np.asarray(self.encoder.encode_query([search], **options))[0]
 
     def index_bytes(self, index: Any) -> int:
         return index.nbytes
 
 
+@functools.lru_cache(maxsize=1)  # several systems of a run use the same
 def load_encoder(name: str, device: Any) -> Any:
     """The sentence-transformers model of that name: a folder, or a hub id.
 

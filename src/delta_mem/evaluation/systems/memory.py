@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -64,22 +65,37 @@ class Memory(System):
         states = sum(state.nbytes for state in stored[0].layers.values())
         return states + self.context.size(stored[1])
 
-    def prompt(self, stored: tuple[MemoryState, Any], query: str, limit: int) -> list[int]:
-        return self.context.prompt(stored[1], query, limit)
+    def prompt(
+        self, stored: tuple[MemoryState, Any], query: str, limit: int, search: str | None = None
+    ) -> list[int]:
+        return self.context.prompt(stored[1], query, limit, search)
 
     def inputs(self, stored: Sequence[tuple[MemoryState, Any]]) -> dict[str, Any]:
         return {"memory": MemoryState.stack(memory for memory, _ in stored), "write": False}
 
     def _chunks(self, history: Sequence[Message]) -> Iterator[tuple[Encoded, bool]]:
         """The history's tokens, at most `write_chunk` at a time, and whether a segment goes on after them."""
-        chat: list[Message] = []
-        for exchange in _exchanges(history):
-            if chat and len(self.render([*chat, *exchange], answer=False)) > self.write_chunk:
-                yield from self._pieces(self._encode(chat))
-                chat = []
-            chat += exchange
-        if chat:
-            yield from self._pieces(self._encode(chat))
+        exchanges = list(_exchanges(history))
+        counts = [sum(self.counts(exchange)) for exchange in exchanges]
+        start = 0
+        while start < len(exchanges):
+            end = self._end(exchanges, counts, start)
+            yield from self._pieces(self._encode(list(chain(*exchanges[start:end]))))
+            start = end
+
+    def _end(self, exchanges: list[list[Message]], counts: list[int], start: int) -> int:
+        """Up to where the exchanges from `start` on fit into a chunk; the first of them counts as fitting."""
+
+        def fits(end: int) -> bool:
+            return len(self.render(list(chain(*exchanges[start:end])), answer=False)) <= self.write_chunk
+
+        # To render a chat for every exchange would be quadratic in the chunk: counts say where to look.
+        end = start + max(1, sum(total <= self.write_chunk for total in accumulate(counts[start:])))
+        while end < len(exchanges) and fits(end + 1):
+            end += 1
+        while end > start + 1 and not fits(end):
+            end -= 1
+        return end
 
     def _encode(self, messages: list[Message]) -> Encoded:
         write = self.model.delta_config.write

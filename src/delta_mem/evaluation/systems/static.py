@@ -15,10 +15,9 @@ class StaticAdapter(NoContext):
         settings: as for `System`.
     """
 
-    pads = False  # a prefix before padding would be at another distance
-
     def __init__(self, model: Any, *settings: Any, **named: Any):
         super().__init__(model, *settings, **named)
         (config,) = model.peft_config.values()
         self.name = "prefix" if config.is_prompt_learning else "lora"
+        self.pads = not config.is_prompt_learning  # a prefix before padding would be at another distance
         self.hidden_tokens = getattr(config, "num_virtual_tokens", 0)

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import logging
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ class Question:
         answer: what the task's `score` compares with; JSON values only.
         category: the group of questions that it is reported in.
         max_new_tokens: longest answer.
+        search: the question without how to answer it, by which systems find what fits it; None: the query.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Question:
     answer: Any
     category: str | None
     max_new_tokens: int
+    search: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,13 @@ class Task(ABC):
         seen: set[str] = set()
         left = limit
         for example in self.read(data, seed, report):
-            fresh = [question for question in example.questions if question.id not in seen]
+            fresh = []
             for question in example.questions:
                 if question.id in seen:
                     report(f"{self.name}: a second question is called {question.id}: left out")
+                    continue
                 seen.add(question.id)
+                fresh.append(question)
             fresh = fresh[:left]
             if fresh:
                 yield replace(example, questions=fresh)
@@ -142,7 +147,7 @@ def usable(rows: Iterator[Row], make: Callable[[Any], Any], report: Report) -> I
 
 
 def field(row: Any, name: str, kind: type | tuple[type, ...] = str) -> Any:
-    """`row[name]`, which must be of this kind and, if a text, not blank.
+    """`row[name]`, which must be of this kind and, if a text, one that is not blank.
 
     Raises:
         RowError: otherwise.
@@ -154,8 +159,25 @@ def field(row: Any, name: str, kind: type | tuple[type, ...] = str) -> Any:
     value = row[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RowError(f"{name!r} is a {type(value).__name__}")
-    if isinstance(value, str) and not value.strip():
-        raise RowError(f"{name!r} is empty")
+    if isinstance(value, str):
+        text(value, repr(name))
+        if not value.strip():
+            raise RowError(f"{name!r} is empty")
+    return value
+
+
+def text(value: Any, what: str) -> str:
+    """`value`, which must be a text that a tokenizer takes: JSON may hold halves of surrogate pairs.
+
+    Raises:
+        RowError: otherwise; it says that `what` is not a text.
+    """
+    if not isinstance(value, str):
+        raise RowError(f"{what} is not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{what} is not a text: half a surrogate pair at {error.start}") from None
     return value
 
 
@@ -178,10 +200,9 @@ def file_rows(data: Path) -> Iterator[Row]:
         return
     kind = _kind(data)
     if kind == ".jsonl":
-        with _open(data) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{data}:{number}", _json(line)
+        for number, line in enumerate(_lines(data), 1):
+            if line.strip():
+                yield f"{data}:{number}", _json(line)
     elif kind == ".json":
         rows = whole_json(data)
         if not isinstance(rows, list):
@@ -200,8 +221,7 @@ def whole_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is not JSON.
     """
-    with _open(path) as file:
-        value = _json(file.read())
+    value = _json(b"".join(_lines(path)))
     if isinstance(value, RowError):
         raise ValueError(f"{path}: {value}.")
     return value
@@ -269,8 +289,12 @@ def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            yield from file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({error}).") from None
 
 
 def _json(line: bytes) -> Any:

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import scoring
-from .base import Example, Question, Report, RowError, Task, field, file_rows, hub_rows, read_aloud, usable
+from .base import (
+    Example,
+    Question,
+    Report,
+    RowError,
+    Task,
+    field,
+    file_rows,
+    hub_rows,
+    read_aloud,
+    text,
+    usable,
+)
 
 HUB = "hotpotqa/hotpot_qa"
 MAX_NEW_TOKENS = 32
@@ -37,13 +49,14 @@ class HotpotQA(Task):
 def _example(row: Any) -> Example:
     # The official file calls it _id, the hub id.
     name = field(row, "_id" if isinstance(row, Mapping) and "_id" in row else "id")
-    query = ASK.format(question=field(row, "question"))
-    kind = row.get("type")
-    question = Question(name, query, field(row, "answer"), kind, MAX_NEW_TOKENS)
+    asked = field(row, "question")
+    kind = None if row.get("type") is None else field(row, "type")
+    query = ASK.format(question=asked)
+    question = Question(name, query, field(row, "answer"), kind, MAX_NEW_TOKENS, asked)
     texts = [f"{title}\n{''.join(sentences).strip()}" for title, sentences in _paragraphs(row)]
     if not texts:
         raise RowError("'context' is empty")
-    return Example(name, read_aloud(texts), [question])
+    return Example(name, read_aloud([text(paragraph, "'context'") for paragraph in texts]), [question])
 
 
 def _paragraphs(row: Any) -> list[tuple[str, list[str]]]:

@@ -92,7 +92,7 @@ def _history(conversation: dict[str, Any], speakers: tuple[str, str]) -> list[Me
                 raise RowError(f"session {number} has a turn of {speaker}, who is none of its two speakers")
             content = f"{speaker}: {text}"
             if turn.get("blip_caption"):
-                content += f" [shares {turn['blip_caption']}]"
+                content += f" [shares {field(turn, 'blip_caption')}]"
             if index == 0:
                 content = f"[{date}]\n{content}"
             role = "user" if speaker == speakers[0] else "assistant"
@@ -119,4 +119,4 @@ def _question(identity: str, asked: Any, speakers: tuple[str, str], seed: int) -
     else:
         answer = field(asked, "answer", (str, int))
         query = ASK.format(**{**words, "question": text + ASK_WHEN if category == 2 else text})
-    return Question(identity, query, answer, CATEGORIES[category], MAX_NEW_TOKENS)
+    return Question(identity, query, answer, CATEGORIES[category], MAX_NEW_TOKENS, text)

@@ -6,7 +6,7 @@ answer may be and which metric counts depends on its source. The four competenci
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .base import (
     hub_file,
     hub_rows,
     read_aloud,
+    text,
     usable,
     whole_json,
 )
@@ -58,7 +59,7 @@ RETRIEVAL, LEARNING, UNDERSTANDING, CONFLICTS = (
     "conflict resolution",
 )
 
-# By what the names of sources begin with. The benchmark's prompts in other words; its lengths of answers.
+# By family, as `scoring.family` has it. The benchmark's prompts in other words; its lengths of answers.
 SOURCES = {
     "ruler_qa": Source(
         RETRIEVAL,
@@ -144,7 +145,7 @@ class MemoryAgentBench(Task):
             seen[name] = seen.get(name, 0) + 1
             if name.startswith("recsys") and self._movies is None:
                 self._movies = _movies(data)
-            return _example(f"{name}/{seen[name]}", name, row)
+            return _example(f"{name}/{seen[name]}", name, row, self._movies)
 
         yield from usable(rows, make, report)
 
@@ -154,24 +155,25 @@ class MemoryAgentBench(Task):
         return {self.metric: scores[scoring.main_metric(source)], **scores}
 
 
-def chunks(text: str, size: int = CHUNK) -> list[str]:
-    """`text` in pieces of at most `size` characters, as few as sentences allow; a longer sentence is cut."""
+def chunks(whole: str, size: int = CHUNK) -> list[str]:
+    """A text in pieces of at most `size` characters, as few as sentences allow; a longer sentence is cut."""
     pieces, start, end = [], 0, 0
-    for _, stop in split_sentences(text):
+    for _, stop in split_sentences(whole):
         if stop - start > size and end > start:
-            pieces.append(text[start:end])
+            pieces.append(whole[start:end])
             start = end
         while stop - start > size:
-            pieces.append(text[start : start + size])
+            pieces.append(whole[start : start + size])
             start += size
         end = stop
-    if start < len(text):
-        pieces.append(text[start:])
+    if start < len(whole):
+        pieces.append(whole[start:])
     return [piece for piece in pieces if piece.strip()]
 
 
-def _example(identity: str, name: str, row: Any) -> Example:
+def _example(identity: str, name: str, row: Any, movies: Mapping[str, int] | None) -> Example:
     source = _source(name)
+    ids = {str(number) for number in movies.values()} if name.startswith("recsys") else None
     questions, answers = field(row, "questions", list), field(row, "answers", list)
     if len(questions) != len(answers):
         raise RowError(f"{len(questions)} questions and {len(answers)} answers")
@@ -179,24 +181,36 @@ def _example(identity: str, name: str, row: Any) -> Example:
         raise RowError("no question")
     asked = []
     for index, (question, expected) in enumerate(zip(questions, answers, strict=True)):
-        if not isinstance(question, str) or not question.strip():
-            raise RowError(f"question {index + 1} is not a text")
+        question = text(question, f"question {index + 1}").strip()
+        if not question:
+            raise RowError(f"question {index + 1} is empty")
         expected = [expected] if isinstance(expected, str) else expected
-        if not isinstance(expected, list) or not expected or not all(isinstance(a, str) for a in expected):
-            raise RowError(f"the answers of question {index + 1} are not texts")
-        answer = {"source": name, "answers": expected}
-        query = source.ask.format(question=question.strip())
-        asked.append(Question(f"{identity}/{index}", query, answer, source.competency, source.max_new_tokens))
+        if not isinstance(expected, list) or not expected:
+            raise RowError(f"the answers of question {index + 1} are not a list of texts")
+        for answer in expected:
+            text(answer, f"an answer of question {index + 1}")
+            if ids is not None and answer not in ids:
+                raise RowError(f"the answer {answer!r} of question {index + 1} is no id in {MOVIES}")
+        asked.append(
+            Question(
+                f"{identity}/{index}",
+                source.ask.format(question=question),
+                {"source": name, "answers": expected},
+                source.competency,
+                source.max_new_tokens,
+                question,
+            )
+        )
     pieces = chunks(field(row, "context"))
     shown = [f"Memorize this part of the {source.shown}.\n\n{piece}" for piece in pieces]
     return Example(identity, read_aloud(shown), asked)
 
 
 def _source(name: str) -> Source:
-    for beginning, source in SOURCES.items():
-        if name.startswith(beginning):
-            return source
-    raise RowError(f"the source {name!r} is none of {', '.join(SOURCES)}")
+    try:
+        return SOURCES[scoring.family(name)]
+    except ValueError as error:
+        raise RowError(str(error)) from None
 
 
 def _movie_file(data: Path | None) -> Path:
@@ -214,6 +228,6 @@ def _movie_file(data: Path | None) -> Path:
 def _movies(data: Path | None) -> dict[str, int]:
     path = _movie_file(data)
     movies = whole_json(path)
-    if not isinstance(movies, dict):
+    if not isinstance(movies, dict) or not all(isinstance(number, int) for number in movies.values()):
         raise ValueError(f"{path}: not an object of names and ids.")
     return movies

@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from .. import scoring
-from .base import Example, Question, Report, RowError, Task, field, file_rows, logger, usable
+from .base import Example, Question, Report, RowError, Task, field, file_rows, logger, text, usable
 
 SOURCE = "https://github.com/google-research-datasets/dstc8-schema-guided-dialogue"
 MAX_NEW_TOKENS = 32
@@ -133,8 +133,9 @@ def stated(value: str, text: str) -> list[str]:
 def _example(row: Any, seed: int) -> Example:
     name, turns = field(row, "id"), field(row, "turns", list)
     for index, turn in enumerate(turns):
-        if not (isinstance(turn, list) and len(turn) == 2 and turn[0] in ROLES and isinstance(turn[1], str)):
+        if not (isinstance(turn, list) and len(turn) == 2 and turn[0] in ("U", "S")):
             raise RowError(f"turn {index} is not ['U' or 'S', text]")
+        text(turn[1], f"what is said in turn {index}")
     latest: dict[tuple[str, str], dict[str, Any]] = {}
     corrected: dict[tuple[str, str], bool] = {}
     for fact in field(row, "facts", list):
@@ -155,7 +156,7 @@ def _example(row: Any, seed: int) -> Example:
         identity = f"{name}/{'.'.join(slot)}"
         wording = ASK[zlib.crc32(f"{seed}/{identity}".encode()) % len(ASK)]
         category = "corrected" if corrected[slot] else "stated"
-        query = wording.format(fact=phrase) + HOW
-        questions.append(Question(identity, query, answers, category, MAX_NEW_TOKENS))
-    history = [{"role": ROLES[speaker], "content": text} for speaker, text in turns]
+        asked = wording.format(fact=phrase)
+        questions.append(Question(identity, asked + HOW, answers, category, MAX_NEW_TOKENS, asked))
+    history = [{"role": ROLES[speaker], "content": said} for speaker, said in turns]
     return Example(name, history, questions)
