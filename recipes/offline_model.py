@@ -192,17 +192,21 @@ class Conversations(Batches):
 
 
 class Episodes(Batches):
-    """For an adapter that writes as `write` says: conversations, and questions about them."""
+    """For an adapter that writes as `write` says: conversations, and questions about them.
 
-    def __init__(self, tokenizer: Any, write: str, seed: int, count: int, tokens: int):
+    `begin` is the share of the stages that is left out.
+    """
+
+    def __init__(self, tokenizer: Any, write: str, seed: int, count: int, tokens: int, begin: float):
         super().__init__(tokenizer, seed, count, tokens)
-        self.write = write
+        self.write, self.begin = write, begin
         self.collate = EpisodeCollator(tokenizer.pad_token_id)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{self.seed}/episodes/{index}")
-        like = in_stages(rng, index / self.count)
-        unknown = 0.2 if index > 0.3 * self.count else 0.0
+        progress = self.begin + (1 - self.begin) * index / self.count
+        like = in_stages(rng, progress)
+        unknown = 0.2 if progress > 0.3 else 0.0
         episodes = []
         for _ in range(self._rows(like)):
             talk = conversation(rng, **like, unknown=int(rng.random() < unknown))
@@ -330,10 +334,12 @@ def make_adapter(
 ) -> DeltaMemModel:
     set_seed(seed)
     model = DeltaMemModel(backbone, ADAPTERS[name]).train()
-    if name in STARTS:
+    steps, begin = size.adapter_steps, 0.0
+    if name in STARTS:  # as good as through the first stages
         checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
-    common = common_arguments(name, size.adapter_steps, size.adapter_lr, seed, folder, workers)
-    data = Episodes(tokenizer, ADAPTERS[name].write, seed, size.adapter_steps, size.adapter_tokens)
+        steps, begin = steps // 3, 0.15
+    common = common_arguments(name, steps, size.adapter_lr, seed, folder, workers)
+    data = Episodes(tokenizer, ADAPTERS[name].write, seed, steps, size.adapter_tokens, begin)
     train(MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data))
     return model.eval()
 
