@@ -82,7 +82,7 @@ class Size:
 
 
 SIZES = {
-    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 5000, 3e-3, 2_048),
+    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 6000, 3e-3, 2_048),
     "cpu": Size(3, 128, 6000, 1e-3, 2_048, 8000, 3e-3, 2_048),
 }
 
@@ -206,7 +206,7 @@ class Episodes(Batches):
         rng = Random(f"{self.seed}/episodes/{index}")
         progress = self.begin + (1 - self.begin) * index / self.count
         like = in_stages(rng, progress)
-        unknown = 0.2 if progress > 0.3 else 0.0
+        unknown, asked = (0.2, 0.4) if progress > 0.3 else (0.0, 0.0)
         episodes = []
         for _ in range(self._rows(like)):
             talk = conversation(rng, **like, unknown=int(rng.random() < unknown))
@@ -214,7 +214,10 @@ class Episodes(Batches):
             if rng.random() < unknown:  # a memory is not to spoil what has nothing to do with it
                 pairs.append(small_talk(rng))
             questions = [Question([{"role": "user", "content": said}], answer) for said, answer in pairs]
-            episodes.append(encode_episode(self.tokenizer, Episode(talk.messages, questions), self.write))
+            history = talk.messages
+            if rng.random() < asked:  # in a chat the question is written, too, and is not to erase its answer
+                history = history + rng.choice(questions).query
+            episodes.append(encode_episode(self.tokenizer, Episode(history, questions), self.write))
         return self.collate(episodes)
 
 
