@@ -469,9 +469,9 @@ def test_demo_goes_on_with_the_person_at_the_keyboard():
         "--questions",
         "1",
         "--interactive",
-        input="My sister lives in Oslo.\nWhere does my sister live?\n",
+        input="The weather is lovely today.\nWhat is my name?\n",
     )
-    assert "Oslo" in text.splitlines()[-1]
+    assert "Clara" in text.splitlines()[-1]  # told in the demonstration
 
 
 def test_demo_refuses_a_plot_that_it_cannot_draw(tmp_path, monkeypatch):
