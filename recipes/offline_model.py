@@ -5,7 +5,8 @@
     adapters    one memory each for TSW, SSW and MSW, trained to answer with the history gone
 
 The conversations are those of `delta_mem.evaluation.tasks.recall`, training split, made on the fly, none
-twice. The shipped model is `--size gpu`: minutes on a GPU, of no use on a CPU. `--size cpu` is a smaller one.
+twice. The shipped backbone is `--size gpu`: minutes on a GPU, of no use on a CPU; an adapter on it
+takes an hour or more of one core. `--size cpu` is smaller. An interrupted run goes on with the same command.
 
     python recipes/offline_model.py --size gpu --output build/offline
     python benchmarks/recall.py build/offline           # what it has learned
@@ -249,6 +250,11 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
             yield from (text for question in talk.questions for text in (question.query, question.answer))
 
     bytewise.train_from_iterator(texts(), trainer)
+    return chat_tokenizer(bytewise)
+
+
+def chat_tokenizer(bytewise: Tokenizer) -> PreTrainedTokenizerFast:
+    """A trained tokenizer, for chats."""
     return PreTrainedTokenizerFast(
         tokenizer_object=bytewise,
         eos_token="<|im_end|>",
@@ -307,8 +313,8 @@ def train(trainer: Trainer) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
 
 
-def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: int) -> Qwen3ForCausalLM:
-    set_seed(seed)
+def new_backbone(tokenizer: Any, size: Size, positions: int) -> Qwen3ForCausalLM:
+    """A model for up to `positions` tokens that has not learned anything yet."""
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -318,7 +324,7 @@ def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: 
             num_attention_heads=size.hidden // 32,
             num_key_value_heads=size.hidden // 32,
             head_dim=32,
-            max_position_embeddings=4096,
+            max_position_embeddings=positions,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -326,6 +332,12 @@ def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: 
         )
     )
     start_by_matching(model)
+    return model
+
+
+def make_backbone(tokenizer: Any, size: Size, seed: int, folder: Path, workers: int) -> Qwen3ForCausalLM:
+    set_seed(seed)
+    model = new_backbone(tokenizer, size, positions=4096)
     common = common_arguments("backbone", size.backbone_steps, size.backbone_lr, seed, folder, workers)
     data = Conversations(tokenizer, seed, size.backbone_steps, size.backbone_tokens)
     train(Trainer(model, TrainingArguments(**common, weight_decay=0.01), alone, data))

@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from offline_model import (
     ADAPTERS,
-    CHATML,
     IGNORED,
     STARTS,
     Batches,
     Conversations,
     Size,
     alone,
+    chat_tokenizer,
     common_arguments,
-    start_by_matching,
+    new_backbone,
     train,
 )
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
@@ -49,7 +49,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
-    Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
     TrainingArguments,
@@ -365,37 +364,14 @@ def make_tokenizer(data: Path) -> PreTrainedTokenizerFast:
                 yield from (question.query, question.answer[0], *called)
 
     bytewise.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytewise,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-        padding_side="left",
-    )
+    return chat_tokenizer(bytewise)
 
 
 def make_backbone(
     pools: Pools, tokenizer: Any, size: Size, seed: int, folder: Path, workers: int
 ) -> Qwen3ForCausalLM:
     set_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=size.hidden,
-            intermediate_size=3 * size.hidden,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.hidden // 32,
-            num_key_value_heads=size.hidden // 32,
-            head_dim=32,
-            max_position_embeddings=POSITIONS,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    start_by_matching(model)
+    model = new_backbone(tokenizer, size, POSITIONS)
     common = common_arguments("backbone", size.backbone_steps, size.backbone_lr, seed, folder, workers)
     data = Dialogues(pools, tokenizer, seed, size.backbone_steps, size.backbone_tokens)
     train(Trainer(model, TrainingArguments(**common, weight_decay=0.1), alone, data))
