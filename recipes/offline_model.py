@@ -83,7 +83,7 @@ class Size:
 
 
 SIZES = {
-    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 6000, 3e-3, 2_048),
+    "gpu": Size(4, 256, 1363, 2e-3, 49_152, 10_000, 3e-3, 16_384),
     "cpu": Size(3, 128, 6000, 1e-3, 2_048, 8000, 3e-3, 2_048),
 }
 
@@ -349,13 +349,21 @@ def make_adapter(
 ) -> DeltaMemModel:
     set_seed(seed)
     model = DeltaMemModel(backbone, ADAPTERS[name]).train()
-    steps, begin = size.adapter_steps, 0.0
+    begin = 0.0
     if name in STARTS:  # as good as through the first stages
         checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
-        steps, begin = steps // 3, 0.15
-    common = common_arguments(name, steps, size.adapter_lr, seed, folder, workers)
-    data = Episodes(tokenizer, ADAPTERS[name].write, seed, steps, size.adapter_tokens, begin)
-    train(MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data))
+        begin = 0.15
+
+    def stage(name: str, steps: int, lr: float, begin: float, **options: Any) -> None:
+        common = common_arguments(name, steps, lr, seed, folder, workers)
+        if torch.cuda.is_available():  # as fast in float32, which is what the adapter will be used in
+            common |= {"bf16": False, "tf32": True}
+        data = Episodes(tokenizer, model.delta_config.write, seed, steps, size.adapter_tokens, begin)
+        train(MemoryTrainer(model, MemoryTrainingArguments(**common, **options), alone, data))
+
+    stage(name, size.adapter_steps, size.adapter_lr, begin)
+    # A chat writes what is asked, and answered, too.
+    stage(f"{name}-chat", size.adapter_steps // 4, size.adapter_lr / 3, begin=0.3, write_questions=0.5)
     return model.eval()
 
 
@@ -379,7 +387,7 @@ def main() -> None:
     for name in ADAPTERS if args.only is None else {args.only} & ADAPTERS.keys():
         # As it is shipped: rounded to bfloat16, computed in float32.
         backbone = AutoModelForCausalLM.from_pretrained(
-            home, dtype=torch.float32, attn_implementation="eager"
+            home, dtype=torch.float32, attn_implementation="sdpa" if torch.cuda.is_available() else "eager"
         )
         backbone.config._name_or_path = NAME  # what adapters and memories call it
         tokenizer = AutoTokenizer.from_pretrained(home)

@@ -61,7 +61,7 @@ from delta_mem.evaluation.tasks.base import file_rows
 from delta_mem.training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
 
 SIZES = {
-    "gpu": Size(6, 384, 2000, 1.5e-3, 49_152, 1200, 3e-3, 32_768),
+    "gpu": Size(6, 384, 2000, 1.5e-3, 49_152, 3000, 3e-3, 16_384),
     "cpu": Size(3, 128, 6000, 2e-3, 4_096, 2000, 3e-3, 4_096),
 }
 VOCABULARY = 4096

@@ -367,23 +367,64 @@ def test_fused_segments_leave_to_others_what_is_not_as_it_should_be():
     assert ops.plan_segments(ids.int(), *rest).ends.equal(plan.ends)
 
 
-# One token's small products
+# One token, from a layer's input on
 
 
-@pytest.mark.parametrize("width", (1, 7, 8, 24, 37), ids="width{}".format)
-@pytest.mark.parametrize("shape", ((1, 1), (2, 2)), ids=str)
-def test_small_products(shape, width):
-    torch.manual_seed(0)
-    x, weight, output = torch.randn(*shape, width), torch.randn(11, width), torch.randn(*shape, 11)
-    torch.testing.assert_close(ops.project(x, weight), x @ weight.T, atol=1e-5, rtol=1e-5)
-    expected = output + 2.5 * x @ weight.T
-    rows = x.view(-1, width)
-    assert cpu.add_product(output, rows, weight, 2.5)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    assert not cpu.add_product(output, rows.double(), weight, 2.5)
-    assert not cpu.add_product(output, rows, weight[:, 1:], 2.5)
-    assert cpu.project(torch.randn(3, 3, width), weight) is None
-    assert cpu.project(x.mT.contiguous().mT, weight) is None or shape == (1, 1) or width == 1
+def one_token(rule, batch=3, size=37, seed=0):
+    """hidden, in_proj, gate_bias and state."""
+    random = torch.Generator().manual_seed(seed)
+    _, bias, state = projections(rule, batch)
+    hidden = torch.randn(batch, 1, size, generator=random)
+    return hidden, torch.randn(sum(rule.sections.values()), size, generator=random) / 3, bias, state
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_id)
+@pytest.mark.parametrize("given", ("neither", "writes", "mask", "both"))
+def test_step_equals_parts(rule, given):
+    hidden, in_proj, bias, state = one_token(rule)
+    writes = torch.tensor([[True], [False], [True]]) if given in ("writes", "both") else None
+    mask = torch.tensor([[True], [True], [False]]) if given in ("mask", "both") else None
+    fused = cpu.step(hidden, in_proj, bias, state, rule, writes, mask)
+    expected = in_parts(hidden @ in_proj.T, bias, state, rule, writes, mask)
+    torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
+    nobody = torch.zeros((), dtype=torch.bool).expand(3, 1)
+    assert torch.equal(cpu.step(hidden, in_proj, bias, state, rule, nobody, None)[1], state)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_id)
+def test_step_of_segments_equals_parts(rule):
+    hidden, in_proj, bias, state = one_token(rule, batch=4)
+    z = hidden @ in_proj.T
+    for seed in range(5):
+        given = [part[:4] for part in stream(seed, tokens=1)]
+        plan, present = segments.plan(*given), given[2]
+        open_sum = torch.randn(4, z.shape[2] - rule.num_states * rule.rank) * (given[3][:, None] > 0)
+        fused = cpu.step_segments(hidden, in_proj, bias, state, open_sum, rule, plan, present)
+        expected = cpu.advance_segments(z, bias, state, open_sum, rule, plan, present)
+        torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_leave_to_others_what_is_not_as_it_should_be():
+    rule = Rule(1, 8)
+    hidden, in_proj, bias, state = one_token(rule)
+    ones = torch.ones(3, 1, dtype=torch.bool)
+    assert cpu.step(hidden, in_proj, bias, state, rule, ones, ones) is not None
+    for wrong in (
+        (hidden.double(), in_proj, bias, state, rule, None, None),
+        (hidden[:0], in_proj, bias, state[:0], rule, None, None),
+        (hidden[:, 0], in_proj, bias, state, rule, None, None),
+        (hidden.expand(3, 2, 37), in_proj, bias, state, rule, None, None),
+        (hidden.mT.expand(3, 37, 2)[:, :, :1].mT, in_proj[:, :1], bias, state, rule, None, None),
+        (hidden, in_proj[:-1], bias, state, rule, None, None),
+        (hidden, in_proj[:, ::2], bias, state, rule, None, None),
+        (hidden, in_proj, bias[:-1], state, rule, None, None),
+        (hidden, in_proj, bias, state[:2], rule, None, None),
+        (hidden, in_proj, bias, state.mT, rule, None, None),
+        (hidden, in_proj, bias, state, rule, ones[:2], None),
+        (hidden, in_proj, bias, state, rule, None, ones.long()),
+        (*one_token(rule, batch=cpu.FEW + 1), rule, None, None),
+    ):
+        assert cpu.step(*wrong) is None
 
 
 # Which backend is taken

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from delta_mem import ops
 from delta_mem.ops import Rule, delta_rule
@@ -184,6 +185,97 @@ def test_advance_and_step(update, tied, per_row, chunks_of):
         assert torch.equal(state, before)
 
 
+def projected(rule, n, batch, partly):
+    """z, gate_bias, state, and writes and mask, which are None unless `partly`; NaN under padding."""
+    width, features = rule.num_states * rule.rank, sum(rule.sections.values())
+    random = torch.Generator().manual_seed(rule.rank)
+    z = 2 * torch.randn(batch, n, features, generator=random)
+    bias = torch.randn(features - 3 * width, generator=random)
+    state = torch.randn(batch, rule.num_states, rule.rank, rule.rank, generator=random)
+    writes, mask = torch.rand(2, batch, n, generator=random) > 0.4
+    if not partly:
+        return *(x.to(DEVICE) for x in (z, bias, state)), None, None
+    z[~mask] = torch.nan
+    return tuple(x.to(DEVICE) for x in (z, bias, state, writes, mask))
+
+
+def gradients_of_advance(z, bias, state, rule, writes, mask, name="triton"):
+    """Reads, state and the gradients of z, gate_bias and state: fused, or as naive has them, in float64."""
+    if name == "naive":
+        z, bias, state = z.double(), bias.double(), state.double()
+        if mask is not None:
+            z = z.masked_fill(~mask[..., None], 0)  # which autograd would turn into NaN
+    values = [x.detach().requires_grad_() for x in (z, bias, state)]
+    results = ops.advance(*values, rule, writes, mask, backend=name)
+    random = torch.Generator().manual_seed(0)
+    weights = [torch.randn(x.shape, generator=random).to(x) for x in results]
+    return *results, *torch.autograd.grad(results, values, weights)
+
+
+@needs_kernels
+@pytest.mark.parametrize("partly", (False, True), ids=("all tokens", "masked"))
+@pytest.mark.parametrize("states, rank", [(1, 8), (2, 5)], ids=("states1-rank8", "states2-rank5"))
+@pytest.mark.parametrize("per_row", (True, False), ids=("gate per row", "gate per state"))
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
+@pytest.mark.parametrize("update", RULES)
+def test_gradients_of_advance(update, tied, per_row, states, rank, partly, chunks_of):
+    chunks_of(8)
+    rule = Rule(states, rank, update, tied, per_row)
+    *tensors, writes, mask = projected(rule, *((200, 3) if GPU else (10, 2)), partly)
+    got = gradients_of_advance(*tensors, rule, writes, mask)
+    assert_close(got, gradients_of_advance(*tensors, rule, writes, mask, "naive"))
+    if partly:
+        assert not got[2][~mask].any()  # 0, not NaN
+
+
+@needs_kernels
+@pytest.mark.parametrize("states, rank", [(1, 1), (8, 4), (1, 16), (2, 33)], ids=str)
+def test_gradients_of_advance_at_other_ranks(states, rank):
+    rule = Rule(states, rank, "decay_outside", False, True)
+    *tensors, writes, mask = projected(rule, 7, 2, partly=True)
+    expected = gradients_of_advance(*tensors, rule, writes, mask, "naive")
+    assert_close(gradients_of_advance(*tensors, rule, writes, mask), expected)
+
+
+@needs_kernels
+def test_gradients_of_advance_at_short_projections():
+    rule = Rule(1, 8)
+    z, bias, state, *_ = projected(rule, 4, 1, partly=False)
+    z[0, 1, :16] *= 1e-4
+    z[0, 2, :16] *= 1e-9
+    z[0, 3, :16] = 0
+    got, expected = (
+        gradients_of_advance(z, bias, state, rule, None, None, x)[2] for x in ("triton", "naive")
+    )
+    for t in range(4):
+        assert_close(got[:, t], expected[:, t])
+
+
+@needs_kernels
+def test_gradients_of_advance_checkpointed_twice_and_where_only_some_are_wanted(chunks_of):
+    chunks_of(8)
+    rule = Rule(2, 4)
+    *tensors, writes, mask = projected(rule, 10, 2, partly=True)
+    plain = gradients_of_advance(*tensors, rule, writes, mask)
+    again = gradients_of_advance(*tensors, rule, writes, mask)
+    assert all(map(torch.equal, plain, again))
+
+    values = [x.detach().requires_grad_() for x in tensors]
+
+    def advance(*tensors):
+        return ops.advance(*tensors, rule, writes, mask, backend="triton")
+
+    results = checkpoint(advance, *values, use_reentrant=False)
+    random = torch.Generator().manual_seed(0)
+    weights = [torch.randn(x.shape, generator=random).to(x) for x in results]
+    assert all(map(torch.equal, plain[2:], torch.autograd.grad(results, values, weights)))
+
+    for i, wanted in enumerate(tensors):
+        some = [x.detach() for x in tensors]
+        some[i] = wanted.detach().requires_grad_()
+        assert torch.equal(torch.autograd.grad(advance(*some), some[i], weights)[0], plain[2 + i])
+
+
 @needs_kernels
 @pytest.mark.parametrize("tied, per_row", [(True, True), (False, False)], ids=("tied-rows", "untied-states"))
 @pytest.mark.parametrize("update", RULES)
@@ -225,6 +317,59 @@ def test_a_step_in_half_precision():
         assert_close(after, expected[1])
 
 
+PRODUCTS = [(1, 8, 100), (3, 20, 70), (64, 4, 33), (5, 256, 40)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "tokens, width, size", PRODUCTS, ids=[f"tokens{n}-width{w}-size{s}" for n, w, s in PRODUCTS]
+)
+def test_add_product(tokens, width, size, dtype):
+    random = torch.Generator().manual_seed(0)
+    output, x, weight = (
+        torch.randn(shape, generator=random).to(DEVICE, dtype)
+        for shape in ((1, tokens, size), (tokens, width), (size, width))
+    )
+    expected = output.double() + 1.5 * (x.double() @ weight.double().t())
+    assert backend.add_product(output, x, weight, 1.5)
+    # One rounding to the nearest, or in the interpreter, of bfloat16, towards zero.
+    assert_close(output, expected, tolerance=max(1e-5, torch.finfo(dtype).eps))
+
+
+@needs_kernels
+def test_add_product_leaves_to_others_what_does_not_fit():
+    output, x, weight = (torch.ones(shape, device=DEVICE) for shape in ((70, 6), (70, 4), (6, 4)))
+    few = output[:5].clone(), x[:5], weight
+    assert not backend.add_product(output, x, weight, 1.0)
+    assert not backend.add_product(few[0], few[1].bfloat16(), weight, 1.0)
+    assert not backend.add_product(few[0], few[1], weight[:, :3], 1.0)
+    assert not backend.add_product(few[0].t().contiguous().t(), *few[1:], 1.0)
+    assert not backend.add_product(*few[:2], weight.clone().requires_grad_(), 1.0)
+    assert not backend.add_product(*(y.double() for y in few), 1.0)
+    assert torch.equal(output, torch.ones_like(output)) and torch.equal(few[0], output[:5])
+    assert torch.equal(ops.add_product(output, x, weight, 0.5), torch.full_like(output, 3.0))
+    assert torch.equal(ops.add_product(*few, 0.5), torch.full_like(few[0], 3.0))
+
+
+@needs_kernels
+def test_addresses_need_not_be_multiples_of_16():
+    def shifted(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    rule, state, bias = Rule(1, 8), torch.randn(1, 1, 8, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    hidden, weight = torch.randn(1, 1, 40, device=DEVICE), torch.randn(32, 40, device=DEVICE)
+    tensors = hidden, weight, bias, state
+    expected = backend.step(*tensors, rule, None, None)
+    for _ in range(2):
+        assert_close(backend.step(*map(shifted, tensors), rule, None, None), expected)
+        assert_close(backend.step(*tensors[:3], shifted(state), rule, None, None), expected)
+    output, x, weight = (torch.randn(shape, device=DEVICE) for shape in ((1, 1, 50), (1, 8), (50, 8)))
+    expected, odd = output.clone(), shifted(output)
+    assert backend.add_product(expected, x, weight, 2.0) and backend.add_product(odd, x, shifted(weight), 2.0)
+    assert_close(odd, expected)
+
+
 @needs_kernels
 def test_what_does_not_fit_is_left_to_others():
     rule, state = Rule(1, 4), torch.zeros(1, 1, 4, 4, device=DEVICE)
@@ -234,9 +379,35 @@ def test_what_does_not_fit_is_left_to_others():
     assert backend.advance(z, bias, state[:, :, :3], rule, None, None) is None
     assert backend.advance(z[..., :15], bias, state, rule, None, None) is None
     hidden, weight = torch.zeros(1, 2, 9, device=DEVICE), torch.zeros(16, 9, device=DEVICE)
-    assert backend.step(hidden[:, :1], weight, bias, state, rule, None, None) is not None
+    token = hidden[:, :1]
+    # Under a transformation the shapes are the same, and what is found out then does not last.
+    mapped = torch.vmap(lambda h: ops.step(h, weight, bias, state, rule)[1])(token[None])
+    assert torch.equal(mapped[0], ops.step(token, weight, bias, state, rule)[1])
+    assert backend.step(token, weight, bias, state, rule, None, None) is not None
     assert backend.step(hidden, weight, bias, state, rule, None, None) is None
-    assert backend.step(hidden[:, :1], weight[:15], bias, state, rule, None, None) is None
+    assert backend.step(token, weight[:15], bias, state, rule, None, None) is None
+    assert backend.step(token, weight, bias[:3], state, rule, None, None) is None
+    assert backend.step(token, weight, bias, state.double(), rule, None, None) is None
+    flags = torch.ones(2, 1, dtype=torch.bool, device=DEVICE)
+    assert backend.step(token, weight, bias, state, rule, flags, None) is None
+    assert backend.step(token, weight, bias, state, rule, flags[:1], flags[:1].int()) is None
+
+
+@needs_kernels
+def test_advance_with_gradients_is_one_node_and_torch_func_has_its_own_way():
+    rule = Rule(2, 4)
+    z, bias, state, *_ = projected(rule, 5, 2, partly=False)
+    values = [x.requires_grad_() for x in (z, bias, state)]
+    reads, _ = ops.advance(*values, rule)
+    inputs = [node.variable for node, _ in reads.grad_fn.next_functions if node is not None]
+    assert all(x is y for x, y in zip(inputs, values, strict=True))
+
+    def loss(*tensors):
+        reads, state = ops.advance(*tensors, rule)
+        return reads.square().sum() + state.square().sum()
+
+    plain = torch.autograd.grad(loss(*values), values)
+    assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(z, bias, state), plain)
 
 
 @needs_kernels
@@ -260,15 +431,24 @@ def test_compiles_without_graph_breaks(chunks_of):
     rule, state = Rule(1, 4), torch.randn(1, 1, 4, 4, device=DEVICE)
     z, bias = torch.randn(1, 9, 16, device=DEVICE), torch.zeros(4, device=DEVICE)
     hidden, weight = torch.randn(1, 1, 20, device=DEVICE), torch.randn(16, 20, device=DEVICE)
-    with torch.no_grad():
+    writes = torch.arange(9, device=DEVICE)[None] % 3 > 0
 
-        def advance(*tensors):
-            return ops.advance(*tensors, rule, backend="triton")
+    def advance(*tensors):
+        return ops.advance(*tensors, rule, writes, backend="triton")
+
+    def loss_of_advance(*tensors):
+        reads, state = advance(*tensors)
+        return reads.square().sum() + state.square().sum()
+
+    values = [x.detach().requires_grad_() for x in (z, bias, state)]
+    eager = torch.autograd.grad(loss_of_advance(*values), values)
+    assert_close(torch.autograd.grad(compiled(loss_of_advance)(*values), values), eager)
+    with torch.no_grad():
 
         def step(*tensors):
             return ops.step(*tensors, rule)
 
-        assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, None, None))
+        assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, writes, None))
         expected = backend.step(hidden, weight, bias, state, rule, None, None)
         assert_close(compiled(step)(hidden, weight, bias, state), expected)
 

@@ -395,12 +395,34 @@ def test_a_batch_without_context_is_refused_where_it_is_needed():
     for options in (dict(show_history=0.5), dict(distill_weight=0.5)):
         with pytest.raises(ValueError, match="with_context=True"):
             plain(**options)(new_model(), batch_of(episodes(2)))
+    with pytest.raises(ValueError, match="query_segments"):
+        plain(write_questions=0.5)(new_model(), batch_of(episodes(2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_are_written_as_in_a_chat(kind):
+    model, rows = new_model(kind), episodes(4, seed=1)
+    for row in rows:  # the first token of a query is the template's, each other token a message
+        row["query_segments"] = [list(range(-1, len(query) - 1)) for query in row["query_ids"]]
+    objective = plain(write_questions=1.0)
+    loss, _ = objective(model, batch_of(rows))
+    memory, losses = objective.write_history(model, batch_of(rows))[0], []
+    for index, row in enumerate(rows):
+        for query, answer in zip(row["query_ids"], row["answer_ids"], strict=True):
+            segments = torch.tensor([[*range(-1, len(query) - 1), *[len(query) - 1] * len(answer)]])
+            write = segments >= 0 if model.delta_config.write == "token" else True
+            one = dict(memory=memory[index], write=write, segment_ids=segments, use_cache=False)
+            logits = model(torch.tensor([query + answer]), **one).logits[0, len(query) - 1 : -1]
+            losses.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    close(loss, torch.cat(losses).mean())
+    assert (loss - plain()(model, batch_of(rows))[0]).abs() > 1e-4
+    assert plain(write_questions=1.0)(model.eval(), batch_of(rows))[0].equal(plain()(model, batch_of(rows))[0])
 
 
 @pytest.mark.parametrize(
     "options",
     [dict(sparsity_weight=-1), dict(sparsity_target=2), dict(distill_weight=1.1), dict(show_history=-0.1),
-     dict(clear_memory=0.5), dict(write_chunk=0), dict(gradient_chunks=2), dict(write_chunk=4, gradient_chunks=0)],
+     dict(write_questions=2), dict(clear_memory=0.5), dict(write_chunk=0), dict(gradient_chunks=2), dict(write_chunk=4, gradient_chunks=0)],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(reversed(options))):

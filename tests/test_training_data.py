@@ -158,6 +158,10 @@ def test_the_tokens_are_the_chat_templates(tokenizer, write):
         "answer_ids": "In Oslo.<|im_end|>",  # without the line break that follows it
         "context_ids": told + prompt,
     }
+    (segments,) = encoded["query_segments"]
+    (query,) = encoded["query_ids"]
+    asked = [token for token, segment in zip(query, segments, strict=True) if segment == 0]
+    assert tokenizer.decode(asked) == "Where do I live?" and set(segments) == {-1, 0}
 
 
 THINKS = (
@@ -526,6 +530,17 @@ def test_a_batch_is_padded_on_the_right(tokenizer):
             assert batch[labels][i][seen].tolist() == [-100] * len(prompt) + answer
             assert seen.tolist() == sorted(seen.tolist(), reverse=True)
             assert (batch[labels][i][~seen] == -100).all()
+
+
+def test_an_answer_is_a_segment_of_its_own(tokenizer):
+    rows = expected(tokenizer, ASKED)
+    batch = EpisodeCollator(0)(rows)
+    queries = [query for row in rows for query in row["query_segments"]]
+    for i, query in enumerate(queries):
+        seen, answered = batch["read_mask"][i].bool(), batch["labels"][i] != -100
+        assert batch["read_segments"][i][seen & ~answered].tolist() == query
+        assert set(batch["read_segments"][i][answered].tolist()) == {max(query) + 1}
+        assert set(batch["read_segments"][i][~seen].tolist()) <= {-1}
 
 
 def test_a_batch_without_context(tokenizer):

@@ -6,7 +6,8 @@ The backbone is only hooked, never rewritten. Three hooks a layer, one pair on t
 * causal LM, after: the call's new states become the memory's.
 * attention, before: takes the call out of the keywords, reads and writes the layer's state, and lays
   the reading down for this thread.
-* each corrected projection, after: picks the reading up and adds its correction.
+* each corrected projection, after: picks the reading up and adds its correction. The output projection
+  comes last and clears it away.
 
 A call travels as one extra keyword, which `transformers` hands on from the causal LM to every attention
 module: unlike a context variable it survives checkpointing, compilation and threads. Only the last step,
@@ -26,14 +27,24 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedBackboneError
 from .memory import DeltaMemory, MemoryTrace, WritePlan, plan_writes
-from .state import MemoryState, OpenSegment
+from .state import MemoryState, OpenSegment, at_fixed_address
 
 CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 
-_reading = threading.local()  # .now: (adapter, reads, call) of the attention module this thread is in
+
+class _Reading(threading.local):
+    """`now`: (adapter, reads, call) of the attention module that this thread is in."""
+
+    now: tuple[DeltaMemory, Tensor, MemoryCall] | None = None
+
+
+_reading = _Reading()
 
 
 # ---- finding the projections -------------------------------------------------------------------
+
+
+View = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Slot:
     """
 
     path: str
-    view: Callable[[Tensor, int], Tensor]
+    view: View
 
 
 @dataclass(frozen=True)
@@ -292,14 +303,15 @@ class MemoryCall:
         if self.plan.read_only:
             return
         memory, segments = self.memory, self.plan.segments
-        memory.layers = {i: _renew(memory.layers[i], left[i][0]) for i in memory.layers}
-        memory.tokens_written = _renew(memory.tokens_written, memory.tokens_written + self.plan.tokens)
+        renew = _overwritten if _is_recorded(memory.tokens_written) else _replaced
+        memory.layers = {i: renew(state, left[i][0]) for i, state in memory.layers.items()}
+        memory.tokens_written = renew(memory.tokens_written, memory.tokens_written + self.plan.tokens)
         if segments is not None:
             before = memory.open_segment
             memory.open_segment = OpenSegment(
-                {i: _renew(before.sums[i], left[i][1]) for i in before.sums},
-                _renew(before.count, segments.open_count),
-                _renew(before.ids, segments.open_ids),
+                {i: renew(total, left[i][1]) for i, total in before.sums.items()},
+                renew(before.count, segments.open_count),
+                renew(before.ids, segments.open_ids),
             )
 
     def _fill_trace(self) -> None:
@@ -316,10 +328,24 @@ class MemoryCall:
         self.gates, self.corrections = {}, {}
 
 
-def _renew(old: Tensor, new: Tensor) -> Tensor:
-    """`new`, in the place of `old` where a compiled or captured graph must find it again."""
-    recorded = torch.compiler.is_compiling() or (old.is_cuda and torch.cuda.is_current_stream_capturing())
-    return old.copy_(new) if recorded and not torch.is_grad_enabled() else new
+def _is_recorded(tensor: Tensor) -> bool:
+    """Whether a graph is being made, which must find the memory's tensors in their places when it runs."""
+    if torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _overwritten(old: Tensor, new: Tensor) -> Tensor:
+    return old if new is old else old.copy_(new)
+
+
+def _replaced(old: Tensor, new: Tensor) -> Tensor:
+    return at_fixed_address(new)
+
+
+def forget_reading() -> None:
+    """After a forward, also one that failed inside an attention module: nobody may find its reading."""
+    _reading.now = None
 
 
 class LayerHooks:
@@ -333,7 +359,8 @@ class LayerHooks:
         """Puts the hooks on; returns their handles."""
         handles = [self.layer.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)]
         if self.adapter is not None:
-            handles.append(self.layer.module.register_forward_hook(self.after_attention, always_call=True))
+            if "o" not in self.adapter.config.heads:  # else the hook on the output projection ends a reading
+                handles.append(self.layer.module.register_forward_hook(self.after_attention))
             by_path: dict[str, list[str]] = {}
             for head in self.adapter.config.heads:
                 by_path.setdefault(self.layer.slots[head].path, []).append(head)
@@ -341,7 +368,8 @@ class LayerHooks:
                 parent, _, name = path.rpartition(".")
                 module = self.layer.module.get_submodule(path)
                 self.hooked.append((self.layer.module.get_submodule(parent), name, module))
-                handles.append(module.register_forward_hook(partial(self.after_projection, heads)))
+                views = {head: self.layer.slots[head].view for head in heads}
+                handles.append(module.register_forward_hook(partial(self.after_projection, views)))
         return handles
 
     def replaced(self) -> str | None:
@@ -361,22 +389,32 @@ class LayerHooks:
         return args, kwargs
 
     def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        _reading.now = None  # also after an exception: nobody else may find this reading
+        _reading.now = None
 
-    def after_projection(self, heads: list[str], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if getattr(_reading, "now", None) is None or _reading.now[0] is not self.adapter:
+    def after_projection(
+        self,
+        views: dict[str, Callable[[Tensor, int], Tensor]],
+        module: nn.Module,
+        args: tuple,
+        output: Tensor,
+    ) -> Tensor:
+        """Corrects the heads of one projection, whose outputs `views` pick."""
+        now = _reading.now
+        if now is None or now[0] is not self.adapter:
             return output
-        _, reads, call = _reading.now
+        adapter, reads, call = now
+        if "o" in views:
+            _reading.now = None
         # In place where nobody looks: with gradients autograd does, and other hooks may keep what they saw.
         in_place = not torch.is_grad_enabled() and len(module._forward_hooks) == 1
-        if not in_place and self.layer.slots[heads[0]].view is not _whole:
+        if not in_place and _whole not in views.values():
             output = output.clone()  # parts of it are written below
-        for head in heads:
-            part = self.layer.slots[head].view(output, -1)
+        for head, view in views.items():
+            part = output if view is _whole else view(output, -1)
             if call.trace is not None and call.trace.measure_corrections:
-                call.measure(self.layer.index, self.adapter, head, reads, part)
-            if part is output:
-                output = self.adapter.correct(head, reads, output, in_place)
+                call.measure(self.layer.index, adapter, head, reads, part)
+            if view is _whole:
+                output = adapter.correct(head, reads, output, in_place)
             else:
-                part.copy_(self.adapter.correct(head, reads, part.flatten(2)).view(part.shape))
+                part.copy_(adapter.correct(head, reads, part.flatten(2)).view(part.shape))
         return output

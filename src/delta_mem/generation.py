@@ -21,7 +21,7 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStri
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 
-from .backbones import CALL, MemoryCall, causal_lm
+from .backbones import CALL, MemoryCall, causal_lm, forget_reading
 from .errors import UnsupportedBackboneError
 from .state import MemoryState
 
@@ -307,7 +307,10 @@ def generate(
         final.append(_of_hypotheses(layer.history, output.beam_indices))
         return output if returns_dict else output.sequences
 
-    output = backbone.generate(inputs, custom_generate=decode, **kwargs)
+    try:
+        output = backbone.generate(inputs, custom_generate=decode, **kwargs)
+    finally:
+        forget_reading()
     return output, final[0]
 
 

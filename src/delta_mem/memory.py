@@ -155,6 +155,11 @@ class DeltaMemory(nn.Module):
             self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
         self._casts: dict[str, tuple[tuple, Tensor]] = {}  # see _weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._parameters["in_proj"].device  # past nn.Module's slow look-up: asked for every token
+
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, heads={self.config.heads}, width={self.config.width}"
 
@@ -247,7 +252,7 @@ class DeltaMemory(nn.Module):
         Returns:
             As `advance`; the reads in hidden's dtype.
         """
-        weights = self._weight("in_proj", hidden.dtype), self.gate_bias.float()
+        weights = self._weight("in_proj", hidden.dtype), self._weight("gate_bias", torch.float32)
         if plan.segments is None:
             reads, after = ops.step(hidden, *weights, state, self.rule, plan.writes, plan.mask)
         else:
@@ -275,17 +280,18 @@ class DeltaMemory(nn.Module):
             output: [batch, tokens, size], what the projection gave.
             in_place: may write to `output`: a second tensor of its size would double what it takes.
         """
-        weight = self._weight(f"delta_{head}", output.dtype)
-        scale = self.config.alpha / self.config.rank
-        if self.config.trainable_scale:
-            index = HEADS.index(head) if self.config.trainable_scale == "head" else 0
-            reads = reads * (torch.sigmoid(self.scale_raw[index]) * self.config.scale_max)
-        if reads.dtype != output.dtype:
-            reads = reads.to(output.dtype)
-        if head == "o" and self.config.o_norm:
+        config, dtype = self.config, output.dtype
+        weight = self._weight(f"delta_{head}", dtype)
+        scale = config.alpha / config.rank
+        if config.trainable_scale:
+            index = HEADS.index(head) if config.trainable_scale == "head" else 0
+            reads = reads * (torch.sigmoid(self.scale_raw[index]) * config.scale_max)
+        if reads.dtype is not dtype:
+            reads = reads.to(dtype)
+        if head == "o" and config.o_norm:
             delta = F.linear(reads, weight) * scale
-            norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=self.config.o_norm_eps)
-            return output + (norm * self.o_norm_weight).to(output.dtype)
+            norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=config.o_norm_eps)
+            return output + (norm * self.o_norm_weight).to(dtype)
         reads = reads.view(-1, reads.shape[-1])
         if in_place:
             return ops.add_product(output, reads, weight, scale)
@@ -294,7 +300,7 @@ class DeltaMemory(nn.Module):
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight in the backbone's dtype. For inference the cast is made once and kept."""
         weight = self._parameters[name]
-        if weight.dtype == dtype:
+        if weight.dtype is dtype:
             return weight
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return weight.to(dtype)

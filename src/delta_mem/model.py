@@ -30,6 +30,7 @@ from .backbones import (
     device_of,
     find_attention_layers,
     first_columns,
+    forget_reading,
     head_sizes,
 )
 from .config import DeltaMemConfig
@@ -77,6 +78,7 @@ class DeltaMemModel(nn.Module):
             if config.layers is None or index in config.layers
         }
         self.adapters = nn.ModuleDict({str(index): adapter for index, adapter in adapters.items()})
+        self._by_layer = adapters  # the same ones by their numbers, for every call to look up
         self.backbone = backbone
         self.train(backbone.training)
         self._enabled, self._attached = True, True
@@ -204,12 +206,11 @@ class DeltaMemModel(nn.Module):
     def _blank_memory(self, batch_size: int) -> MemoryState:
         """`new_memory` without a fingerprint: for a call that throws it away."""
         config, layers, sums = self.delta_config, {}, {}
-        for name, adapter in self.adapters.items():
-            device = adapter.in_proj.device
+        for index, adapter in self._by_layer.items():
             size = (batch_size, config.num_states, config.rank, config.rank)
             features = len(adapter.in_proj) - config.width
-            layers[int(name)] = torch.zeros(size, dtype=torch.float32, device=device)
-            sums[int(name)] = torch.zeros(batch_size, features, dtype=torch.float32, device=device)
+            layers[index] = torch.zeros(size, dtype=torch.float32, device=adapter.device)
+            sums[index] = torch.zeros(batch_size, features, dtype=torch.float32, device=adapter.device)
         zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
         return MemoryState(
             layers,
@@ -236,7 +237,7 @@ class DeltaMemModel(nn.Module):
         if segment is None:
             return
         memory.layers = {
-            index: self.adapters[str(index)].close_segment(
+            index: self._by_layer[index].close_segment(
                 state, segment.sums[index], segment.count.to(state.device), segment.count.to(state.device) > 0
             )
             for index, state in memory.layers.items()
@@ -307,6 +308,8 @@ class DeltaMemModel(nn.Module):
             if input_ids is not None:
                 self._check_ids(input_ids)
             raise
+        finally:
+            forget_reading()
 
     def write(
         self,
@@ -402,7 +405,7 @@ class DeltaMemModel(nn.Module):
         device = memory.tokens_written.device
         output, after = generation.generate(
             self.backbone,
-            {int(index): adapter for index, adapter in self.adapters.items()},
+            self._by_layer,
             memory,
             inputs,
             _read_write(write, shape, device),
@@ -490,9 +493,10 @@ class DeltaMemModel(nn.Module):
             return
         if not isinstance(memory, MemoryState):
             raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}.")
-        if list(memory.layers) != [int(name) for name in self.adapters]:
+        adapters = self._by_layer
+        if memory.layers.keys() != adapters.keys():
             raise IncompatibleMemoryError(
-                f"the memory has layers {list(memory.layers)}, the adapter {list(map(int, self.adapters))}."
+                f"the memory has layers {list(memory.layers)}, the adapter {list(adapters)}."
             )
         if memory.batch_size != batch_size:
             raise IncompatibleMemoryError(
@@ -501,12 +505,12 @@ class DeltaMemModel(nn.Module):
         config = self.delta_config
         size = (batch_size, config.num_states, config.rank, config.rank)
         for index, state in memory.layers.items():
-            if state.shape != size or state.dtype != torch.float32:
+            if state.shape != size or state.dtype is not torch.float32:
                 raise IncompatibleMemoryError(
                     f"the memory's layer {index} is {state.dtype} {list(state.shape)}, the adapter "
                     f"needs float32 {list(size)}."
                 )
-            device = self.adapters[str(index)].in_proj.device
+            device = adapters[index].device
             if state.device != device:
                 raise IncompatibleMemoryError(
                     f"the memory's layer {index} is on {state.device}, the adapter on {device}; "

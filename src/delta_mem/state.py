@@ -15,7 +15,7 @@ import datetime
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import safetensors
@@ -73,6 +73,8 @@ class MemoryState:
         self.layers = layers
         self.tokens_written = tokens_written
         self.open_segment = open_segment
+        for tensor in self._tensors():
+            at_fixed_address(tensor)
         self.adapter = adapter
         self.backbone = backbone
         self.created = created or _now()
@@ -271,6 +273,14 @@ class MemoryState:
 
     # ---- helpers ---------------------------------------------------------------------------------
 
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.layers.values()
+        yield self.tokens_written
+        if self.open_segment is not None:
+            yield from self.open_segment.sums.values()
+            yield self.open_segment.count
+            yield self.open_segment.ids
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
         return self.combine([self], lambda tensors: fn(tensors[0]))
 
@@ -310,6 +320,17 @@ class MemoryState:
             if state.device != theirs.device:
                 return f"layer {layer} is on {theirs.device}, not on {state.device}; use .to(device)."
         return None
+
+
+def at_fixed_address(tensor: Tensor) -> Tensor:
+    """The tensor itself, with the note that a memory's tensors stay where they are while it is in use.
+
+    Without it, CUDA graphs are not recorded for compiled calls, since they write to their inputs. Another
+    memory is recorded anew, not compiled anew.
+    """
+    if tensor.is_cuda and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
 
 
 def read_metadata(data: bytes) -> dict[str, str]:

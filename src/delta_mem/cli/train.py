@@ -71,6 +71,7 @@ TRAINER_FIELDS = {
     "distill_weight": "distill_weight",
     "show_history": "show_history",
     "clear_memory": "clear_memory",
+    "write_questions": "write_questions",
     "write_chunk": "write_chunk",
     "gradient_chunks": "gradient_chunks",
 }
@@ -232,6 +233,16 @@ def train(
         float,
         _option(
             help="Probability that the memory is cleared where the history is shown.",
+            metavar="P",
+            min=0,
+            max=1,
+            show_default=True,
+        ),
+    ] = 0.0,
+    write_questions: Annotated[
+        float,
+        _option(
+            help="Probability that a batch's questions are written while they are read, as in a chat.",
             metavar="P",
             min=0,
             max=1,

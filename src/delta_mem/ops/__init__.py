@@ -6,7 +6,7 @@ dense tensors, and hands them to a backend: one file per way to compute the same
 A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads,
 and the state after), `step` (both, for one token), `advance_segments` (under segment writes), `read` (nothing
 is written) and `add_product` (reads to a correction). Where a compiled backend can do one of these in one go,
-and no gradient is wanted, it does.
+and can be differentiated if gradients are wanted, it does.
 """
 
 from collections.abc import Callable
@@ -55,8 +55,14 @@ FUSED: dict[str, Callable[..., tuple[Tensor, Tensor] | None]] = {
     "triton": triton.advance,
 }
 
+# Those of them that can be differentiated: these are taken where gradients are wanted.
+DIFFERENTIABLE = {"triton": triton.advance}
+
 # Up to here the loop beats the fixed cost of the chunked backend.
 SHORT = 16
+
+# Rows up to which a correction is no matrix product of its own under torch.compile, as in decoding.
+FEW = 64
 
 
 def delta_rule(
@@ -181,12 +187,12 @@ def advance(
     Returns:
         The reads [batch, tokens, states, rank], and the state after the last token.
     """
-    if not _learns(z, gate_bias, state):
-        for name, fused in FUSED.items():
-            if backend in ("auto", name):
-                results = fused(z, gate_bias, state, rule, writes, mask)
-                if results is not None:
-                    return results
+    ways = DIFFERENTIABLE if _learns(z, gate_bias, state) else FUSED
+    for name, fused in ways.items():
+        if backend in ("auto", name):
+            results = fused(z, gate_bias, state, rule, writes, mask)
+            if results is not None:
+                return results
     inputs = activate(z, gate_bias, rule)
     if writes is not None:
         held = ~writes[..., None, None]
@@ -218,7 +224,7 @@ def step(
         The reads [batch, 1, states, rank] in hidden's dtype, and the state after the token.
     """
     if not _learns(hidden, in_proj, gate_bias, state):
-        for fused in (cpu.step, triton.step):
+        for fused in (triton.step, cpu.step):
             results = fused(hidden, in_proj, gate_bias, state, rule, writes, mask)
             if results is not None:
                 return results
@@ -233,16 +239,12 @@ def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
         hidden: [batch, tokens, size], any floating dtype.
         in_proj: [features, size]; used in hidden's dtype.
     """
-    if not _learns(hidden, in_proj):
-        z = cpu.project(hidden, in_proj)
-        if z is not None:
-            return z
     return F.linear(hidden, in_proj.to(hidden.dtype)).float()
 
 
 def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor | None = None) -> Tensor:
     """The reads of `advance`, where no token writes."""
-    if not _learns(z, state):
+    if z.is_cpu and not _learns(z, state):
         nobody = torch.zeros((), dtype=torch.bool, device=z.device).expand(z.shape[:2])
         results = cpu.advance(z, gate_bias, state, rule, nobody, mask)
         if results is not None:
@@ -254,7 +256,7 @@ def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor |
 
 
 def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """output + scale * x weightᵀ, in the place of `output` [batch, tokens, size]. For inference.
+    """output + scale * x weightᵀ, in the place of `output` [batch, tokens, size] or not. For inference.
 
     Args:
         output: contiguous.
@@ -262,9 +264,20 @@ def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tens
         weight: [size, width], likewise.
         scale: a number.
     """
-    if not cpu.add_product(output, x, weight, scale):
+    if torch.compiler.is_compiling() and x.shape[0] <= FEW:
+        # A product that a compiler makes part of what comes next: a norm, mostly.
+        products = _total(x.float().unsqueeze(1) * weight.float()).view(output.shape)
+        return (output.float() + scale * products).to(output.dtype)
+    if not triton.add_product(output, x, weight, scale):
         output.view(-1, output.shape[-1]).addmm_(x, weight.t(), alpha=scale)
     return output
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sums over the last dimension, by four: sums that short are written out by torch.compile."""
+    while x.shape[-1] > 4 and x.shape[-1] % 4 == 0:
+        x = x.unflatten(-1, (-1, 4)).sum(-1)
+    return x.sum(-1)
 
 
 def plan_segments(
@@ -324,9 +337,10 @@ def step_segments(
         The reads [batch, 1, states, rank] in hidden's dtype, the state, the sums of the segments left open.
     """
     if not _learns(hidden, in_proj, gate_bias, state, open_sum):
-        results = triton.step_segments(hidden, in_proj, gate_bias, state, open_sum, rule, plan, mask)
-        if results is not None:
-            return results
+        for fused in (triton.step_segments, cpu.step_segments):
+            results = fused(hidden, in_proj, gate_bias, state, open_sum, rule, plan, mask)
+            if results is not None:
+                return results
     z = project(hidden, in_proj)
     reads, state, open_sum = advance_segments(z, gate_bias, state, open_sum, rule, plan, mask)
     return reads.to(hidden.dtype), state, open_sum

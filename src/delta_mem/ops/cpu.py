@@ -31,8 +31,12 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor
+
+# By themselves, not as attributes: each is asked several times a layer.
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from .activation import Rule
 from .segments import SegmentPlan
@@ -43,7 +47,7 @@ MAX_RANK = 64
 # Entries of states times tokens that are worth another thread. They take 0.2 ms, to wake one 0.05 ms.
 WORTH_A_THREAD = 1 << 20
 
-# Tokens up to which a plain loop beats a matrix product's start.
+# Rows up to which one token's projections in a plain loop beat a matrix product's start.
 FEW = 4
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -57,7 +61,7 @@ def usable(tensors: Sequence[Tensor], rank: int) -> bool:
     derivatives), and not for tensors that may have no memory of their own.
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and tensors[0].is_cpu
         and rank <= MAX_RANK
         and _PLAIN.issuperset(map(type, tensors))
@@ -115,17 +119,12 @@ def advance_segments(
     tensors = (z, gate_bias, state, open_sum)
     if not usable(tensors, rule.rank) or not _fit(z, gate_bias, state, rule, plan.ends, mask):
         return None
-    parts = (open_sum, plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open)
-    if (
-        open_sum.shape != (z.shape[0], z.shape[2] - rule.num_states * rule.rank)
-        or open_sum.dtype is not torch.float32
-        or not all(x.is_cpu and x.is_contiguous() for x in parts)
-    ):
+    parts = _segments(open_sum, plan, z.shape[2], rule)
+    if parts is None:
         return None
     reads, final = _results(z, rule)
     new_sum = torch.empty_like(open_sum)
-    segments = (new_sum.data_ptr(), *(x.data_ptr() for x in parts))
-    _run("advance_segments", z, gate_bias, state, mask, reads, final, rule, segments)
+    _run("advance_segments", z, gate_bias, state, mask, reads, final, rule, (new_sum.data_ptr(), *parts))
     return reads, final, new_sum
 
 
@@ -139,39 +138,34 @@ def step(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """See `delta_mem.ops.step`; for few rows in float32, else None."""
-    z = project(hidden, in_proj)
-    # What `project` took may be computed here: another look at that would cost as much as the kernel.
-    if z is None or not _PLAIN.issuperset((type(gate_bias), type(state))):
+    one = _one_token("step", hidden, in_proj, gate_bias, state, rule, writes, mask)
+    if one is None:
         return None
-    if rule.rank > MAX_RANK or not _fit(z, gate_bias, state, rule, writes, mask):
+    kernel, addresses, (reads, after), flags, sizes = one
+    by_writes = (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
+    kernel(*addresses, *by_writes, *flags, *sizes)
+    return reads, after
+
+
+def step_segments(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    open_sum: Tensor,
+    rule: Rule,
+    plan: SegmentPlan,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """See `delta_mem.ops.step_segments`; for few rows in float32, else None."""
+    one = _one_token("step_segments", hidden, in_proj, gate_bias, state, rule, None, mask)
+    parts = one and _segments(open_sum, plan, in_proj.shape[0], rule)
+    if parts is None:
         return None
-    return _advance(z, gate_bias, state, rule, writes, mask)
-
-
-def project(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """See `delta_mem.ops.project`; for few tokens in float32, else None."""
-    tokens = hidden.shape[:-1].numel()
-    if hidden.ndim != 3 or weight.ndim != 2 or tokens > FEW or not hidden.is_contiguous():
-        return None
-    z = hidden.new_zeros(*hidden.shape[:2], weight.shape[0])
-    return z if add_product(z, hidden.view(tokens, hidden.shape[2]), weight, 1.0) else None
-
-
-def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> bool:
-    """See `delta_mem.ops.add_product`; for few tokens in float32. Whether it was done."""
-    tokens, width = x.shape
-    size = weight.shape[0]
-    if (
-        not 0 < tokens <= FEW
-        or weight.shape[1] != width
-        or output.shape[-1] != size
-        or output.numel() != tokens * size
-        or not _are_plain_float32((output, x, weight))
-    ):
-        return False
-    pointers = (output.data_ptr(), x.data_ptr(), weight.data_ptr())
-    _kernels().kernel("add_product", 8)(*pointers, scale, (tokens, size, width))
-    return True
+    kernel, addresses, (reads, after), flags, sizes = one
+    new_sum = torch.empty_like(open_sum)
+    kernel(*addresses, *flags, *sizes, new_sum.data_ptr(), *parts)
+    return reads, after, new_sum
 
 
 def plan_segments(
@@ -237,6 +231,66 @@ def _fit(
         and (writes is None or _are_flags(writes, batch, tokens))
         and (mask is None or _are_flags(mask, batch, tokens))
     )
+
+
+def _one_token(
+    name: str,
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    rule: Rule,
+    writes: Tensor | None,
+    mask: Tensor | None,
+) -> tuple | None:
+    """What the kernels of one token take; None for what they do not.
+
+    Returns:
+        The kernel, its first eight arguments, the reads and the state after, the rule's flags, and sizes.
+    """
+    if (
+        hidden.ndim != 3
+        or rule.rank > MAX_RANK
+        or not _are_plain_float32((hidden, in_proj, gate_bias, state))
+    ):
+        return None
+    batch, tokens, size = hidden.shape
+    kernel, features, gates, flags = _known(name, rule)
+    states, rank = rule[:2]
+    if (
+        tokens != 1
+        or not 0 < batch <= FEW
+        or in_proj.shape != (features, size)
+        or gate_bias.shape != (gates,)
+        or state.shape != (batch, states, rank, rank)
+        or not (writes is None or _are_flags(writes, batch, 1))
+        or not (mask is None or _are_flags(mask, batch, 1))
+    ):
+        return None
+    reads, after = hidden.new_empty(batch, 1, states, rank), torch.empty_like(state)
+    addresses = (
+        hidden.data_ptr(), in_proj.data_ptr(), gate_bias.data_ptr(), state.data_ptr(), reads.data_ptr(),
+        after.data_ptr(), 0 if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0),
+    )  # fmt: skip
+    return kernel, addresses, (reads, after), flags, (batch, states, size)
+
+
+@functools.cache
+def _known(name: str, rule: Rule) -> tuple:
+    """The kernel of that name, features in z, biases, and the rule's flags."""
+    return _kernels().kernel(name, rule.rank), *_layout(rule)
+
+
+def _segments(open_sum: Tensor, plan: SegmentPlan, features: int, rule: Rule) -> tuple[int, ...] | None:
+    """The addresses of the open sums and of the plan; None if they are not as the kernels believe."""
+    parts = (open_sum, plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open)
+    if (
+        open_sum.shape != (plan.index.shape[0], features - rule.num_states * rule.rank)
+        or open_sum.dtype is not torch.float32
+        or not all(x.is_cpu and x.is_contiguous() for x in parts)
+    ):
+        return None
+    return tuple(x.data_ptr() for x in parts)
 
 
 def _results(z: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -353,7 +407,10 @@ def _are_flags(x: Tensor, batch: int, tokens: int) -> bool:
 
 def _are_plain_float32(tensors: Sequence[Tensor]) -> bool:
     float32 = torch.float32
-    return usable(tensors, 0) and all(x.is_cpu and x.dtype is float32 and x.is_contiguous() for x in tensors)
+    for x in tensors:  # not all(…): that would take as long again
+        if not (x.is_cpu and x.dtype is float32 and x.is_contiguous()):
+            return False
+    return usable(tensors, 0)
 
 
 def _view(x: Tensor) -> tuple[int, ...]:
@@ -451,8 +508,8 @@ def _layout(rule: Rule) -> tuple[int, int, tuple[int, int, int]]:
 def _watched() -> bool:
     """Whether torch wants to see every operation, other than to compile."""
     return (
-        torch.jit.is_tracing()
+        _is_tracing()
         or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
     )

@@ -567,32 +567,43 @@ def _advance_segments(like, z, bias, state, mask, reads, final, segments, rule, 
             _store_gate(after, 2 * width + gates + at, per_row, kept)
 
 
-# ---- small products of one token -----------------------------------------------------------------
+# ---- one token, from a layer's input on -----------------------------------------------------------
 
 
 @njit(**OPTIONS)
-def _add_product(like, output, x, weight, scale, sizes):
-    tokens, size, width = sizes
+def _projected(like, hidden, weight, batch, features, size):
+    """z [batch, features], the products of hidden [batch, size] and weight [features, size], by addresses."""
+    z = np.empty(batch * features, np.float32)
     lanes = _rank(like)
-    for token in range(tokens):
-        x_ = _pointer(x, token * width, like)
-        y = _pointer(output, token * size, like)
-        for i in range(size):
-            w = _pointer(weight, i * width, like)
+    for row in range(batch):
+        x = _pointer(hidden, row * size, like)
+        for i in range(features):
+            w = _pointer(weight, i * size, like)
             # Two sums, so that one addition need not wait for the other.
             even, odd = _fill(0.0, like), _fill(0.0, like)
             j = 0
-            while j + 2 * lanes <= width:
-                even = even + _load(x_, j, like) * _load(w, j, like)
-                odd = odd + _load(x_, j + lanes, like) * _load(w, j + lanes, like)
+            while j + 2 * lanes <= size:
+                even = even + _load(x, j, like) * _load(w, j, like)
+                odd = odd + _load(x, j + lanes, like) * _load(w, j + lanes, like)
                 j += 2 * lanes
-            if j + lanes <= width:
-                even = even + _load(x_, j, like) * _load(w, j, like)
-                j += lanes
             total = _total(even + odd)
-            for rest in range(j, width):
-                total += x_[rest] * w[rest]
-            y[i] += scale * total
+            for rest in range(j, size):
+                total += x[rest] * w[rest]
+            z[row * features + i] = total
+    return z
+
+
+@njit(**OPTIONS)
+def _row_views(z, reads, state, final, states, features, rank):
+    """Addresses and strides, as `_advance` takes them, of contiguous tensors of one token."""
+    square = rank * rank
+    by_state = (states * square, square, rank, 1)
+    return (
+        (z, features, features),
+        (reads, states * rank, states * rank, rank, 1),
+        (state, *by_state),
+        (final, *by_state),
+    )
 
 
 # ---- where segments end --------------------------------------------------------------------------
@@ -720,12 +731,53 @@ def _make_advance_segments(rank, dtype):
     return advance_segments, (*_ADVANCE, types.UniTuple(_INT, 8), _RULE, _SIZES)
 
 
-def _make_add_product(lanes, dtype):
-    def add_product(output, x, weight, scale, sizes):
-        """Adds scale * x [tokens, width] weight [size, width]ᵀ to the output, all by their addresses."""
-        _add_product(_zeros(lanes, dtype), output, x, weight, dtype(scale), sizes)
+# Flat, not in tuples: to unpack those takes longer than the kernel.
 
-    return add_product, (_INT, _INT, _INT, types.float64, types.UniTuple(_INT, 3))
+
+def _make_step(rank, dtype):
+    def step(
+        hidden, weight, bias, state, reads, final,
+        mask, by_mask, writes, by_writes,
+        tied, per_row, update, batch, states, size,
+    ):  # fmt: skip
+        """Projects, activates, reads and writes one token a row; float32 only. See `ops.step`.
+
+        Args:
+            hidden, weight, bias, state, reads, final: addresses of contiguous tensors.
+            mask, writes: addresses of bytes, 0 if none are given; each with its stride from row to row.
+            tied, per_row, update: as in `advance`.
+            size: numbers in a row of `hidden` and of `weight`.
+        """
+        like = _zeros(rank, dtype)
+        gates = states * rank if per_row else states
+        features = 3 * states * rank + (gates if tied else 2 * gates)
+        z = _projected(like, hidden, weight, batch, features, size)
+        z_, reads_, state_, final_ = _row_views(z.ctypes.data, reads, state, final, states, features, rank)
+        mask_, writes_ = (mask, by_mask, 0), (writes, by_writes, 0)
+        rule, sizes = (tied, per_row, update), (states, 1, 0, batch * states)
+        _advance(like, z_, bias, state_, mask_, reads_, final_, writes_, rule, sizes)
+
+    return step, (_INT,) * 16
+
+
+def _make_step_segments(rank, dtype):
+    def step_segments(
+        hidden, weight, bias, state, reads, final,
+        mask, by_mask,
+        tied, per_row, update, batch, states, size,
+        new_sum, open_sum, index, member, ends, closes, open_before, stays_open,
+    ):  # fmt: skip
+        """As `step`; what is written is the segments' means, as in `advance_segments`."""
+        like = _zeros(rank, dtype)
+        gates = states * rank if per_row else states
+        features = 3 * states * rank + (gates if tied else 2 * gates)
+        z = _projected(like, hidden, weight, batch, features, size)
+        z_, reads_, state_, final_ = _row_views(z.ctypes.data, reads, state, final, states, features, rank)
+        segments = (new_sum, open_sum, index, member, ends, closes, open_before, stays_open)
+        rule, sizes = (tied, per_row, update), (states, 1, 0, batch * states)
+        _advance_segments(like, z_, bias, state_, (mask, by_mask, 0), reads_, final_, segments, rule, sizes)
+
+    return step_segments, (_INT,) * 22
 
 
 def _make_plan_segments(_, dtype):
@@ -749,7 +801,8 @@ _MAKERS = {
     "backward": _make_backward,
     "advance": _make_advance,
     "advance_segments": _make_advance_segments,
-    "add_product": _make_add_product,
+    "step": _make_step,
+    "step_segments": _make_step_segments,
     "plan_segments": _make_plan_segments,
 }
 _compiled = {}

@@ -1,14 +1,14 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
-projections to its reads, `step` and `step_segments` are one from one token's hidden state to its read. All
-may be captured in a CUDA graph; under torch.compile each is one operator of the graph.
+projections to its reads, and four and a sum back; `step` and `step_segments` are one from one token's hidden
+state to its read, and `add_product` is one from there to a correction. All may be captured in a CUDA graph;
+under torch.compile each is one operator of the graph, but `add_product`, which is left to the compiler.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
 """
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -29,6 +29,9 @@ except Exception as error:  # triton missing, or too old for these kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MAX_RANK = 64
+
+# Tokens and width up to which `add_product` takes it: beyond, tensor cores pay.
+MAX_PRODUCT = 64, 256
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -74,7 +77,7 @@ def delta_rule(
 def advance(
     z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """See `delta_mem.ops.FUSED`."""
+    """See `delta_mem.ops.FUSED`. Differentiable, as `delta_rule` is."""
     if (
         not usable((z, gate_bias, state), rule.rank)
         or z.ndim != 3
@@ -84,8 +87,11 @@ def advance(
         or not _fit(z, gate_bias, state, rule, writes, mask)
     ):
         return None
+    tensors = z.contiguous(), gate_bias.contiguous(), state.contiguous()
     flags = [None if x is None else x.contiguous() for x in (writes, mask)]
-    return _advance(z.contiguous(), gate_bias.contiguous(), state.contiguous(), *rule, *flags)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _Advance.apply(*tensors, rule, *flags)
+    return _advance(*tensors, *rule, *flags)
 
 
 def step(
@@ -105,15 +111,26 @@ def step(
         if _step_fits(tensors, rule):
             return torch.ops.delta_mem.step(*tensors[:4], *rule, writes, mask)
         return None
-    # Decoding calls this once per layer and token: all that only depends on shapes is looked up.
-    key = rule, hidden.device, *[x if x is None else (type(x), x.dtype, x.shape) for x in tensors]
-    fits = _known_steps.get(key)
-    if fits is None:
-        fits = _known_steps[key] = _step_fits(tensors, rule)
-    return _launch_step(*tensors, rule) if fits and not _transformed() else None
+    if _transformed():
+        return None
+    # Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
+    # that the kernel relies on is in it; `_Step` sees to the strides.
+    key = (
+        rule,
+        type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
+        type(in_proj), in_proj.dtype, in_proj.shape, in_proj.get_device(),
+        type(gate_bias), gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
+        type(state), state.dtype, state.shape, state.get_device(),
+        writes if writes is None else (type(writes), writes.dtype, writes.shape, writes.get_device()),
+        mask if mask is None else (type(mask), mask.dtype, mask.shape, mask.get_device()),
+    )  # fmt: skip
+    launch = _steps.get(key)
+    if launch is None:
+        launch = _steps[key] = _step_fits(tensors, rule) and _Step(kernels.step, 1, tensors, rule)
+    return launch(*tensors) if launch else None
 
 
-_known_steps: dict[tuple, bool] = {}
+_steps: dict[tuple, "_Step | bool"] = {}
 
 
 def step_segments(
@@ -127,13 +144,45 @@ def step_segments(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `delta_mem.ops.step_segments`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
-    if not _runs_on(hidden) or not _step_fits((hidden, in_proj, gate_bias, state, mask), rule):
+    if not _runs_on(hidden):
         return None
-    width = in_proj.shape[0] - rule.num_states * rule.rank
-    if open_sum.shape != (hidden.shape[0], width) or open_sum.dtype != torch.float32:
+    planned = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
+    tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
+    if torch.compiler.is_compiling() or _watched():
+        if _step_segments_fits(tensors, rule):
+            return torch.ops.delta_mem.step_segments(*tensors[:5], planned, *rule, mask)
         return None
-    planned = (plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open)
-    return _step_segments(hidden, in_proj, gate_bias, state, open_sum, planned, *rule, mask)
+    if _transformed():
+        return None
+    key = rule, *[x if x is None else (type(x), x.dtype, x.shape, x.get_device()) for x in tensors]
+    launch = _steps.get(key)
+    if launch is None:
+        fits = _step_segments_fits(tensors, rule)
+        launch = _steps[key] = fits and _Step(kernels.step_segments, 2, tensors, rule)
+    return launch(*tensors) if launch else None
+
+
+def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> bool:
+    """See `delta_mem.ops.add_product`; for few tokens, where nobody watches. Whether it was done."""
+    if not _runs_on(output) or torch.compiler.is_compiling() or _watched() or _transformed():
+        return False
+    tensors = output, x, weight
+    key = (
+        type(output), output.dtype, output.shape, output.get_device(), output.is_contiguous(),
+        type(x), x.dtype, x.shape, x.get_device(), x.is_contiguous(),
+        type(weight), weight.dtype, weight.shape, weight.get_device(), weight.is_contiguous(),
+    )  # fmt: skip
+    launch = _products.get(key)
+    if launch is None:
+        launch = _products[key] = _product_fits(*tensors) and _prepared_product(*tensors)
+    if not launch or (torch.is_grad_enabled() and any(y.requires_grad for y in tensors)):
+        return False
+    kernel, grid, sizes = launch
+    kernel(grid, tensors, (*sizes, float(scale)))
+    return True
+
+
+_products: dict[tuple, tuple | bool] = {}
 
 
 def _step_fits(tensors: tuple[Tensor | None, ...], rule: Rule) -> bool:
@@ -146,6 +195,33 @@ def _step_fits(tensors: tuple[Tensor | None, ...], rule: Rule) -> bool:
         and in_proj.device == hidden.device
         and in_proj.shape == (sum(rule.sections.values()), hidden.shape[2])
         and _fit(hidden, gate_bias, state, rule, *flags)
+    )
+
+
+def _step_segments_fits(tensors: tuple[Tensor | None, ...], rule: Rule) -> bool:
+    hidden, in_proj, gate_bias, state, open_sum, *planned, mask = tensors
+    return (
+        _step_fits((hidden, in_proj, gate_bias, state, mask), rule)
+        and open_sum.shape == (hidden.shape[0], in_proj.shape[0] - rule.num_states * rule.rank)
+        and open_sum.dtype == torch.float32
+        and all(x.device == hidden.device for x in (open_sum, *planned))
+        and all(x.numel() == hidden.shape[0] for x in planned)
+    )
+
+
+def _product_fits(output: Tensor, x: Tensor, weight: Tensor) -> bool:
+    tensors = output, x, weight
+    return (
+        usable(tensors, 0)
+        and x.ndim == weight.ndim == 2
+        and x.shape[1] == weight.shape[1]
+        and 0 < x.shape[1] <= MAX_PRODUCT[1]
+        and 0 < x.shape[0] <= MAX_PRODUCT[0]
+        and 0 < weight.shape[0] == output.shape[-1]
+        and output.numel() == x.shape[0] * weight.shape[0]
+        and output.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and all(y.dtype == output.dtype and y.device == output.device for y in tensors)
+        and all(y.is_contiguous() for y in tensors)
     )
 
 
@@ -182,6 +258,34 @@ class _DeltaRule(torch.autograd.Function):
         kept, *inputs = ctx.saved_tensors
         *d_inputs, d_state = _replay_backward(inputs, kept, d_reads.contiguous(), d_after.contiguous())
         return d_state, *d_inputs
+
+
+class _Advance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        z: Tensor,
+        gate_bias: Tensor,
+        state: Tensor,
+        rule: Rule,
+        writes: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        reads, after, kept = _advance_and_keep(z, gate_bias, state, *rule, writes, mask)
+        # Not the six tensors that z is made into: the way back through tanh and unit length needs z anyway,
+        # and one launch makes them again. So a token keeps 32 numbers per layer at rank 8, not 80.
+        ctx.save_for_backward(z, gate_bias, kept, writes, mask)
+        ctx.rule = rule
+        return reads, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_reads: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
+        z, gate_bias, kept, writes, mask = ctx.saved_tensors
+        given = z, gate_bias, kept, d_reads.contiguous(), d_after.contiguous()
+        d_z, d_state = _advance_backward(*given, *ctx.rule, writes, mask)
+        d_bias = d_z[..., 3 * ctx.rule.num_states * ctx.rule.rank :].sum((0, 1))
+        return d_z, d_bias, d_state, None, None, None
 
 
 # ---- how the work is cut -------------------------------------------------------------------------
@@ -287,7 +391,7 @@ def _launch(inputs: tuple, state: Tensor, keep: bool = False):
 
 
 def _launch_backward(inputs: tuple, kept: Tensor, d_reads: Tensor, d_after: Tensor):
-    """The gradients of `inputs` and of the state before all tokens."""
+    """The gradients of `inputs`, of q and k in parts [parts, …] to be added, and of the state before."""
     batch, tokens, states, rank = inputs[0].shape
     cut, chunk = _cut(batch, states, rank), _chunk(inputs)
     chunks = _ceil(tokens, chunk)
@@ -315,7 +419,7 @@ def _launch_backward(inputs: tuple, kept: Tensor, d_reads: Tensor, d_after: Tens
         (rank, R, L, unroll, cut.pairs),
         _WARP,
     )
-    return [x[0] if len(x) == 1 else x.sum(0) for x in sums] + [*d_inputs, d_state]
+    return (*sums, *d_inputs), d_state
 
 
 def _activated(z: Tensor, gate_bias: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None):
@@ -336,94 +440,133 @@ def _activated(z: Tensor, gate_bias: Tensor, rule: Rule, writes: Tensor | None, 
     return outputs
 
 
-def _launch_step(hidden, in_proj, gate_bias, state, writes, mask, rule: Rule) -> tuple[Tensor, Tensor]:
-    """The read of one token, and the state after it."""
-    batch, _, size = hidden.shape
+def _activated_backward(z, gate_bias, rule: Rule, writes, mask, grads: tuple) -> Tensor:
+    """The gradient of z, of those of `_activated`'s tensors, as `_launch_backward` gives them."""
+    batch, tokens, _ = z.shape
     states, rank = rule.num_states, rule.rank
+    d_z = torch.empty_like(z)
     R = _cut(batch, states, rank).padded
-    reads = hidden.new_empty(batch, 1, states, rank)
-    state = state.contiguous()
-    after = torch.empty_like(state)
-    flags = [x if x is None else x.contiguous() for x in (writes, mask)]
+    block = 512 // R
     _run(
-        kernels.step,
-        (states, batch, 1),
-        (hidden.contiguous(), in_proj.contiguous(), gate_bias.contiguous(), state, *flags, reads, after),
-        (),
-        (states, size, rank, R, max(16, 2048 // R), 1, *rule[2:]),
-        {"num_warps": 16},
+        kernels.activate_backward,
+        (_ceil(batch * tokens, block), states, 1),
+        (z, gate_bias, writes, mask, grads, d_z),
+        (batch * tokens, states),
+        (rank, R, block, len(grads[0]), *rule[2:]),
+        {"num_warps": 4},
     )
-    return reads, after
+    return d_z
 
 
-def _launch_step_segments(hidden, in_proj, gate_bias, state, open_sum, planned, mask, rule: Rule):
-    """The read of one token, the state after it, and the sums of the segments that are open then."""
-    batch, _, size = hidden.shape
-    states, rank = rule.num_states, rule.rank
-    R = _cut(batch, states, rank).padded
-    reads = hidden.new_empty(batch, 1, states, rank)
-    state, open_sum = state.contiguous(), open_sum.contiguous()
-    after, open_after = torch.empty_like(state), torch.empty_like(open_sum)
-    given = [
-        x if x is None else x.contiguous()
-        for x in (hidden, in_proj, gate_bias, state, open_sum, *planned, mask)
-    ]
-    _run(
-        kernels.step_segments,
-        (states, batch, 1),
-        (*given, reads, after, open_after),
-        (),
-        (states, size, rank, R, max(16, 2048 // R), 1, *rule[2:]),
-        {"num_warps": 16},
-    )
-    return reads, after, open_after
+class _Step:
+    """One token's launch, for tensors like those given: all but their addresses is known.
+
+    Args:
+        kernel: `kernels.step` or `kernels.step_segments`.
+        carried: how many of the tensors, from the state on, have a new value after the token.
+        tensors: the kernel's inputs: hidden, in_proj, gate_bias, state, …
+    """
+
+    def __init__(self, kernel, carried: int, tensors: tuple, rule: Rule):
+        hidden, states, rank = tensors[0], rule.num_states, rule.rank
+        batch, _, size = hidden.shape
+        R = _cut(batch, states, rank).padded
+        self.carried = carried
+        self.reads = batch, 1, states, rank
+        self.grid = states, batch, 1
+        constants = states, size, rank, R, max(16, 2048 // R), 1, *rule[2:]
+        results = hidden, *tensors[3 : 3 + carried]  # of the same dtypes
+        self.kernel = _kernel(kernel, (*tensors, *results), constants, {"num_warps": 16})
+
+    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The reads of one token, and the new values."""
+        tensors = [x if x is None else x.contiguous() for x in tensors]
+        reads = tensors[0].new_empty(*self.reads)
+        after = [torch.empty_like(x) for x in tensors[3 : 3 + self.carried]]
+        self.kernel(self.grid, (*tensors, reads, *after))
+        return reads, *after
+
+
+def _prepared_product(output: Tensor, x: Tensor, weight: Tensor) -> tuple:
+    """The kernel for such tensors, its grid, and tokens and size."""
+    (tokens, width), size = x.shape, weight.shape[0]
+    W = max(4, 1 << (width - 1).bit_length())
+    block, together = max(4, min(32, 1024 // W)), 1 if tokens == 1 else 4
+    kernel = _kernel(kernels.add_product, (output, x, weight), (width, W, block, together), {"num_warps": 1})
+    return kernel, (_ceil(size, block), _ceil(tokens, together), 1), (tokens, size)
 
 
 def _run(kernel, grid: tuple, tensors: tuple, sizes: tuple, constants: tuple, options: dict) -> None:
-    """kernel[grid](*tensors, *sizes, *constants, **options), in about half the time.
+    """kernel[grid](*tensors, *sizes, *constants, **options), in a fraction of the time: see `_Kernel`."""
+    _kernel(kernel, tensors, constants, options)(grid, tensors, sizes)
 
-    What Triton finds out about its arguments at every launch takes longer than the launch. Here it is
-    looked up by the tensors' dtypes; the kernels are not specialised on `sizes`.
 
-    Args:
-        tensors: each a tensor, a tuple of tensors, or None.
+def _kernel(kernel, tensors: tuple, constants: tuple, options: dict) -> "_Kernel":
+    """The `_Kernel` for tensors of these dtypes, on their device."""
+    one = tensors[0][0] if type(tensors[0]) is tuple else tensors[0]
+    device = one.get_device()
+    dtypes = [x if x is None else x[0].dtype if type(x) is tuple else x.dtype for x in tensors]
+    key = kernel.__name__, device, constants, *dtypes
+    found = _kernels.get(key)
+    if found is None:
+        found = _kernels[key] = _Kernel(kernel, device, constants, options)
+    return found
+
+
+_kernels: dict[tuple, "_Kernel"] = {}
+
+
+class _Kernel:
+    """A kernel, for one device, certain dtypes and constants. Called, it launches.
+
+    What Triton finds out about its arguments at every launch takes longer than the launch. Here it is known,
+    but for the addresses, of which code for multiples of 16 is told apart; the kernels are not specialised on
+    sizes. Triton's launch hooks, which its own profiler uses, are not called.
     """
-    if INTERPRETED:
-        kernel[grid](*tensors, *sizes, *constants, **options)
-        return
-    addresses, dtypes, bits = [], [], 0
-    for x in tensors:
-        if x is None:
-            address = dtype = None
-        elif type(x) is tuple:
-            dtype, device = x[0].dtype, x[0].device
-            address = tuple([y.data_ptr() for y in x])
-            for each in address:
-                bits |= each
-        else:
-            dtype, device = x.dtype, x.device
-            address = x.data_ptr()
-            bits |= address
-        addresses.append(address)
-        dtypes.append(dtype)
-    key = kernel.__name__, device, bits % 16 == 0, constants, *dtypes
-    with _on(device):
-        compiled = _compiled.get(key)
+
+    def __init__(self, kernel, device: int, constants: tuple, options: dict):
+        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
+        self.compiled: dict[tuple | int, tuple] = {}  # by `_odd` addresses; 0: all are multiples of 16
+
+    def __call__(self, grid: tuple, tensors: tuple, sizes: tuple = ()) -> None:
+        """Launches.
+
+        Args:
+            grid: three numbers.
+            tensors: each a tensor, a tuple of tensors, or None. Only addresses are passed on: they must be
+                contiguous, on the kernel's device, and of its dtypes.
+            sizes: numbers, always of the same types.
+        """
+        if INTERPRETED:
+            self.kernel[grid](*tensors, *sizes, *self.constants, **self.options)
+            return
+        addresses = [
+            0 if x is None else tuple([y.data_ptr() for y in x]) if type(x) is tuple else x.data_ptr()
+            for x in tensors
+        ]
+        bits = 0
+        for x in addresses:
+            if type(x) is tuple:
+                for y in x:
+                    bits |= y
+            else:
+                bits |= x
+        if self.device != torch._C._cuda_getDevice():  # Triton launches on the current one
+            with torch.cuda.device(self.device):
+                return self(grid, tensors, sizes)
+        odd = bits % 16 and _odd(addresses)
+        compiled = self.compiled.get(odd)
         if compiled is None:
-            compiled = kernel.warmup(*tensors, *sizes, *constants, grid=grid, **options)
-            if bits % 16 == 0:  # else the next tensors may be as odd in another place
-                _compiled[key] = compiled
-        compiled[grid](*addresses, *sizes, *constants)
+            made = self.kernel.warmup(*tensors, *sizes, *self.constants, grid=grid, **self.options)
+            compiled = self.compiled[odd] = made.run, made.function, made.packed_metadata
+        run, function, metadata = compiled
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        run(*grid, stream, function, metadata, None, None, None, *addresses, *sizes, *self.constants)
 
 
-_compiled: dict[tuple, Callable] = {}
-
-
-def _on(device: torch.device):
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def _odd(addresses: Sequence) -> tuple:
+    """Which of the addresses, some perhaps tuples of them, are no multiples of 16."""
+    return tuple(_odd(x) if type(x) is tuple else x % 16 > 0 for x in addresses)
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -466,10 +609,14 @@ def _replay(inputs, state):
 
 
 def _like_replay_and_keep(inputs, state):
-    batch, tokens, states, rank = inputs[0].shape
+    return torch.empty_like(inputs[0]), torch.empty_like(state), _like_kept(inputs[0].shape[1], state)
+
+
+def _like_kept(tokens, state):
+    batch, states, rank, _ = state.shape
     cut = _cut(int(batch), states, rank)
-    kept = state.new_empty(_ceil(tokens, _chunk(inputs)), cut.blocks, rank, cut.width)
-    return torch.empty_like(inputs[0]), torch.empty_like(state), kept
+    chunk = _chunk_of(int(tokens), int(batch), states, rank)
+    return state.new_empty(_ceil(tokens, chunk), cut.blocks, rank, cut.width)
 
 
 @_operator(
@@ -484,7 +631,9 @@ def _replay_and_keep(inputs, state):
     lambda inputs, kept, d_reads, d_after: [torch.empty_like(x) for x in (*inputs, d_after)],
 )
 def _replay_backward(inputs, kept, d_reads, d_after):
-    return _launch_backward(tuple(inputs), kept, d_reads, d_after)
+    grads, d_state = _launch_backward(tuple(inputs), kept, d_reads, d_after)
+    sums = [x[0] if len(x) == 1 else x.sum(0) for x in grads[:2]]
+    return [*sums, *grads[2:], d_state]
 
 
 _RULE = (
@@ -502,6 +651,33 @@ def _advance(z, gate_bias, state, num_states, rank, update, tied_gates, per_row_
 
 
 @_operator(
+    f"advance_and_keep(Tensor z, Tensor gate_bias, Tensor state, {_RULE}) -> (Tensor, Tensor, Tensor)",
+    lambda z, gate_bias, state, *_: (
+        z.new_empty(*z.shape[:2], *state.shape[1:3]),
+        torch.empty_like(state),
+        _like_kept(z.shape[1], state),
+    ),
+)
+def _advance_and_keep(z, gate_bias, state, num_states, rank, update, tied_gates, per_row_gates, writes, mask):
+    inputs = _activated(z, gate_bias, Rule(num_states, rank, update, tied_gates, per_row_gates), writes, mask)
+    return _launch(inputs, state, keep=True)
+
+
+@_operator(
+    f"advance_backward(Tensor z, Tensor gate_bias, Tensor kept, Tensor d_reads, Tensor d_after, {_RULE}) "
+    "-> (Tensor, Tensor)",
+    lambda z, gate_bias, kept, d_reads, d_after, *_: (torch.empty_like(z), torch.empty_like(d_after)),
+)
+def _advance_backward(
+    z, gate_bias, kept, d_reads, d_after, num_states, rank, update, tied_gates, per_row_gates, writes, mask
+):
+    rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
+    inputs = _activated(z, gate_bias, rule, writes, mask)
+    grads, d_state = _launch_backward(inputs, kept, d_reads, d_after)
+    return _activated_backward(z, gate_bias, rule, writes, mask, grads), d_state
+
+
+@_operator(
     f"step(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor state, {_RULE}) -> (Tensor, Tensor)",
     lambda hidden, in_proj, gate_bias, state, *_: (
         hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
@@ -511,8 +687,9 @@ def _advance(z, gate_bias, state, num_states, rank, update, tied_gates, per_row_
 def _step(
     hidden, in_proj, gate_bias, state, num_states, rank, update, tied_gates, per_row_gates, writes, mask
 ):
+    tensors = hidden, in_proj, gate_bias, state, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _launch_step(hidden, in_proj, gate_bias, state, writes, mask, rule)
+    return _Step(kernels.step, 1, tensors, rule)(*tensors)
 
 
 @_operator(
@@ -529,8 +706,9 @@ def _step_segments(
     hidden, in_proj, gate_bias, state, open_sum, planned,
     num_states, rank, update, tied_gates, per_row_gates, mask,
 ):  # fmt: skip
+    tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _launch_step_segments(hidden, in_proj, gate_bias, state, open_sum, tuple(planned), mask, rule)
+    return _Step(kernels.step_segments, 2, tensors, rule)(*tensors)
 
 
 def _transformed() -> bool:
@@ -540,4 +718,4 @@ def _transformed() -> bool:
 
 def _watched() -> bool:
     """Whether torch wants to see every operation, other than to compile."""
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0

@@ -21,8 +21,8 @@ the lanes of its own chunk again, from the one state that the forward pass kept 
 token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where the batch fills the GPU,
 there is one chunk, no map, and the launch is a plain loop over the tokens.
 
-`activate` comes before, from a layer's projections. `step` and `step_segments` are for one token, in one
-launch with the projections.
+`activate` comes before, from a layer's projections, and `activate_backward` leads back to them. `step` and
+`step_segments` are for one token, in one launch with the projections; `add_product` makes a correction.
 
 In the first three a program is one warp: nobody waits for another warp. A tile is [rank, lanes]; rank is
 padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
@@ -37,7 +37,7 @@ from .activation import NORM_EPS
 _EPS = tl.constexpr(NORM_EPS)
 # Sizes of inputs differ from call to call: no kernel is compiled again because one happens to be 1
 # or a multiple of 16.
-_SIZES = ["tokens", "states", "lanes", "chunk", "chunks"]
+_SIZES = ["tokens", "states", "lanes", "chunk", "chunks", "size"]
 
 
 # ---- in all kernels: where a lane is, what a token brings, what it does -----------------------------------
@@ -63,6 +63,18 @@ def _tanh(x):
 def _direction(x, AXIS: tl.constexpr):
     x = _tanh(x)
     return x * tl.rsqrt(tl.maximum(tl.sum(x * x, axis=AXIS, keep_dims=True), _EPS * _EPS))
+
+
+@triton.jit
+def _direction_backward(x, grad, AXIS: tl.constexpr):
+    """The gradient of x of that of `_direction(x, AXIS)`."""
+    x = _tanh(x)
+    square = tl.sum(x * x, axis=AXIS, keep_dims=True)
+    inverse = tl.rsqrt(tl.maximum(square, _EPS * _EPS))
+    unit = x * inverse
+    along = tl.sum(unit * grad, axis=AXIS, keep_dims=True)
+    along = tl.where(square >= _EPS * _EPS, along, 0.0)  # what is shorter is divided by a constant
+    return (grad - along * unit) * inverse * (1.0 - x * x)
 
 
 @triton.jit
@@ -210,6 +222,54 @@ def _hidden(n):
     return n * 3 // 3
 
 
+@triton.jit
+def _tokens(writes, mask, tokens, RANK: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """A block's tokens [BLOCK, 1], and what of a tile of theirs [BLOCK, R] exists, is seen, is written."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, R)[None, :]
+    known = token < tokens
+    seen = known
+    if mask is not None:
+        seen = seen & (tl.load(mask + token, mask=known, other=0) != 0)
+    written = seen
+    if writes is not None:
+        written = written & (tl.load(writes + token, mask=known, other=0) != 0)
+    rows = i < RANK
+    return token[:, None], known[:, None] & rows, seen[:, None] & rows, written[:, None] & rows
+
+
+@triton.jit
+def _sections(states, RANK: tl.constexpr, R: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr):
+    """Where a state's rows and their gates [1, R] are in a section of z; gates in a section, numbers in z."""
+    state = tl.program_id(1)
+    i = tl.arange(0, R)[None, :]
+    at = state * RANK + i
+    gate = at
+    gates = states * RANK
+    if not PER_ROW:
+        gate = state + i * 0
+        gates = states
+    features = 3 * states * RANK + gates
+    if not TIED:
+        features += gates
+    return at, gate, gates, features
+
+
+@triton.jit
+def _load_gates(
+    z, gate_bias, gate, gates, width, written, RANK: tl.constexpr, R: tl.constexpr, TIED: tl.constexpr
+):
+    """beta and decay [BLOCK, R], biases included, of tokens' projections z [BLOCK, 1]."""
+    rows = tl.arange(0, R)[None, :] < RANK
+    beta = tl.load(z + 3 * width + gate, mask=written, other=0.0)
+    beta += tl.load(gate_bias + gate, mask=rows, other=0.0)
+    decay = beta
+    if not TIED:
+        decay = tl.load(z + 3 * width + gates + gate, mask=written, other=0.0)
+        decay += tl.load(gate_bias + gates + gate, mask=rows, other=0.0)
+    return beta, decay
+
+
 # ---- the kernels -----------------------------------------------------------------------------------------
 
 
@@ -236,48 +296,99 @@ def activate(
         outputs: q, k, v, keep, erase, write, [tokens, states, RANK] each.
         tokens: of all batch rows.
     """
-    state = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.arange(0, R)[None, :]
+    token, inside, seen, written = _tokens(writes, mask, tokens, RANK, R, BLOCK)
+    at, gate, gates, features = _sections(states, RANK, R, TIED, PER_ROW)
     width = states * RANK
-    at = state * RANK + i
-    gate = at
-    gates = width
-    if not PER_ROW:
-        gate = state + i * 0
-        gates = states
-    features = 3 * width + gates
-    if not TIED:
-        features += gates
-    known = token < tokens
-    inside = known[:, None] & (i < RANK)
-    live = known
-    if mask is not None:
-        live = live & (tl.load(mask + token, mask=known, other=0) != 0)
-    written = live
-    if writes is not None:
-        written = written & (tl.load(writes + token, mask=known, other=0) != 0)
-    written = written[:, None] & (i < RANK)
-    live = live[:, None] & (i < RANK)
-    z += token[:, None] * features
-    q = _direction(tl.load(z + at, mask=live, other=0.0), 1)
-    k = _direction(tl.load(z + width + at, mask=live, other=0.0), 1)
-    v = tl.load(z + 2 * width + at, mask=live, other=0.0)
-    bias = gate_bias + gate
-    beta = tl.load(z + 3 * width + gate, mask=written, other=0.0) + tl.load(bias, mask=i < RANK, other=0.0)
-    decay = beta
-    if not TIED:
-        decay = tl.load(z + 3 * width + gates + gate, mask=written, other=0.0)
-        decay += tl.load(bias + gates, mask=i < RANK, other=0.0)
+    z += token * features
+    q = _direction(tl.load(z + at, mask=seen, other=0.0), 1)
+    k = _direction(tl.load(z + width + at, mask=seen, other=0.0), 1)
+    v = tl.load(z + 2 * width + at, mask=seen, other=0.0)
+    beta, decay = _load_gates(z, gate_bias, gate, gates, width, written, RANK, R, TIED)
     keep, erase, write = _gates(beta, decay, UPDATE, TIED)
     to_q, to_k, to_v, to_keep, to_erase, to_write = outputs
-    to = token[:, None] * width + at
+    to = token * width + at
     tl.store(to_q + to, q, mask=inside)
     tl.store(to_k + to, k, mask=inside)
     tl.store(to_v + to, v, mask=inside)
     tl.store(to_keep + to, tl.where(written, keep, 1.0), mask=inside)
     tl.store(to_erase + to, tl.where(written, erase, 0.0), mask=inside)
     tl.store(to_write + to, tl.where(written, write, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def activate_backward(
+    z,
+    gate_bias,
+    writes,
+    mask,
+    grads,
+    grad_z,
+    tokens,
+    states,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TIED: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):
+    """The gradient of z, of those of what `activate` makes of it. Grid: (blocks of tokens, states).
+
+    Where something was withheld it is 0, selected and not multiplied: what lies under padding may be NaN.
+
+    Args:
+        z, gate_bias, writes, mask, tokens: as for `activate`.
+        grads: of q, k, v, keep, erase, write, [tokens, states, RANK] each; those of q and k in PARTS parts,
+            [PARTS, tokens, states, RANK], which are added here.
+        grad_z: like z. Its columns of gates are the gradient of the gates' biases too, token by token.
+    """
+    token, inside, seen, written = _tokens(writes, mask, tokens, RANK, R, BLOCK)
+    at, gate, gates, features = _sections(states, RANK, R, TIED, PER_ROW)
+    width = states * RANK
+    z += token * features
+    query = tl.load(z + at, mask=seen, other=0.0)
+    key = tl.load(z + width + at, mask=seen, other=0.0)
+    beta, decay = _load_gates(z, gate_bias, gate, gates, width, written, RANK, R, TIED)
+    from_q, from_k, from_v, from_keep, from_erase, from_write = grads
+    on = token * width + at
+    grad_q = tl.load(from_q + on, mask=seen, other=0.0)
+    grad_k = tl.load(from_k + on, mask=seen, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        more = (token + tokens.to(tl.int64) * part) * width + at
+        grad_q += tl.load(from_q + more, mask=seen, other=0.0)
+        grad_k += tl.load(from_k + more, mask=seen, other=0.0)
+    grad_v = tl.load(from_v + on, mask=seen, other=0.0)
+    grad_keep = tl.load(from_keep + on, mask=written, other=0.0)
+    grad_erase = tl.load(from_erase + on, mask=written, other=0.0)
+    grad_write = tl.load(from_write + on, mask=written, other=0.0)
+
+    keep, _, write = _gates(beta, decay, UPDATE, TIED)
+    if UPDATE == "decay_outside":
+        grad_write += grad_erase * keep
+        grad_keep += grad_erase * write
+    else:
+        grad_write += grad_erase
+    grad_decay = tl.zeros((BLOCK, R), tl.float32)
+    if UPDATE != "no_decay":
+        if TIED:
+            grad_write -= grad_keep
+        else:
+            grad_decay = tl.where(written, grad_keep * keep * (1.0 - keep), 0.0)
+    grad_beta = tl.where(written, grad_write * write * (1.0 - write), 0.0)
+
+    to = grad_z + token * features
+    tl.store(to + at, tl.where(seen, _direction_backward(query, grad_q, 1), 0.0), mask=inside)
+    tl.store(to + width + at, tl.where(seen, _direction_backward(key, grad_k, 1), 0.0), mask=inside)
+    tl.store(to + 2 * width + at, grad_v, mask=inside)
+    once = inside
+    if not PER_ROW:
+        once = inside & (tl.arange(0, R)[None, :] == 0)
+        grad_beta = tl.zeros((BLOCK, R), tl.float32) + tl.sum(grad_beta, axis=1, keep_dims=True)
+        grad_decay = tl.zeros((BLOCK, R), tl.float32) + tl.sum(grad_decay, axis=1, keep_dims=True)
+    tl.store(to + 3 * width + gate, grad_beta, mask=once)
+    if not TIED:
+        tl.store(to + 3 * width + gates + gate, grad_decay, mask=once)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -771,6 +882,47 @@ def step_segments(
     tl.store(at_gate, tl.where(open_still, beta, 0.0), mask=once)
     if not TIED:
         tl.store(at_gate + gates, tl.where(open_still, decay, 0.0), mask=once)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def add_product(
+    output,
+    x,
+    weight,
+    tokens,
+    size,
+    scale,
+    WIDTH: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+):
+    """output + scale * x weightᵀ, rounded once. Grid: (blocks of BLOCK columns of the output, of N tokens).
+
+    Args:
+        output: [tokens, size], where the result goes.
+        x: [tokens, WIDTH].
+        weight: [size, WIDTH].
+        W: WIDTH, padded to a power of two.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, W)
+    inside = (row < size)[:, None] & (j < WIDTH)[None, :]
+    weights = tl.load(weight + row[:, None] * WIDTH + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    loaded = ()
+    for i in tl.static_range(N):
+        token = tl.program_id(1) * N + i
+        one = (
+            tl.load(x + token * WIDTH + j, mask=(j < WIDTH) & (token < tokens), other=0.0),
+            tl.load(output + token * size + row, mask=(row < size) & (token < tokens), other=0.0),
+        )
+        loaded = loaded + (one,)
+    for i in tl.static_range(N):
+        token = tl.program_id(1) * N + i
+        x_t, before = loaded[i]
+        after = before.to(tl.float32) + scale * tl.sum(weights * x_t.to(tl.float32)[None, :], axis=1)
+        to = output + token * size + row
+        tl.store(to, after.to(output.dtype.element_ty), mask=(row < size) & (token < tokens))
 
 
 @triton.jit

@@ -219,9 +219,9 @@ def encode_episode(
 
     Returns:
         `write_ids`, `write_segments` [tokens]: the history, and the segment of each of its tokens (-1:
-        template glue and system prompts); `query_ids`, `answer_ids` [[tokens], …]: one list per question;
-        and `context_ids` [[tokens], …]: history and query rendered as one chat, of which the newest
-        `max_write_tokens + max_read_tokens` tokens are kept.
+        template glue and system prompts); `query_ids`, `query_segments`, `answer_ids` [[tokens], …]: one list
+        per question; and `context_ids` [[tokens], …]: history and query rendered as one chat, of which the
+        newest `max_write_tokens + max_read_tokens` tokens are kept.
 
     Raises:
         ValueError: no chat template, a limit that leaves no room, nothing in the history that can be written,
@@ -238,13 +238,9 @@ def encode_episode(
     written = history.segment_ids[kept].tolist()
     if max(written, default=-1) < 0:
         raise ValueError("no history to write")
-    pairs = [_encode_question(tokenizer, question, max_read_tokens) for question in episode.questions]
-    encoded = {
-        "write_ids": history.input_ids[kept].tolist(),
-        "write_segments": written,
-        "query_ids": [query for query, _ in pairs],
-        "answer_ids": [answer for _, answer in pairs],
-    }
+    questions = [_encode_question(tokenizer, one, write, max_read_tokens) for one in episode.questions]
+    encoded = {"write_ids": history.input_ids[kept].tolist(), "write_segments": written}
+    encoded |= zip(_ABOUT_QUESTIONS, (list(column) for column in zip(*questions, strict=True)), strict=True)
     if with_context:
         limit = max_write_tokens + max_read_tokens
         encoded["context_ids"] = [
@@ -254,18 +250,29 @@ def encode_episode(
     return encoded
 
 
-def _encode_question(tokenizer: Any, question: Question, limit: int) -> tuple[list[int], list[int]]:
-    """(query tokens, answer tokens), together at most `limit`."""
+_ABOUT_QUESTIONS = ("query_ids", "query_segments", "answer_ids")
+
+
+def _encode_question(
+    tokenizer: Any, question: Question, write: Write, limit: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Query tokens and their segments; and answer tokens, at most `limit` with the query's."""
     prompt = _render(tokenizer, question.query)
     query = _tokens(tokenizer, prompt)
     message = {"role": "assistant", "content": question.answer}
-    ids, _, owners = (column.tolist() for column in encode_messages(tokenizer, [*question.query, message]))
+    encoded = encode_messages(tokenizer, [*question.query, message], write)
+    ids, segments, owners = (column.tolist() for column in encoded)
     content = [i for i, owner in enumerate(owners) if owner == len(question.query)]
     if not content:
         raise ValueError("the chat template leaves nothing of the answer")
     # Where the template does not go on from its own header (it drops the thinking that the header asks for),
     # the answer is the content alone.
-    first = len(query) if ids[: len(query)] == query else content[0]
+    goes_on = ids[: len(query)] == query
+    first = len(query) if goes_on else content[0]
+    if not goes_on:
+        segments = encode_messages(tokenizer, question.query, write, add_generation_prompt=True).segment_ids
+        segments = segments.tolist()
+    segments = segments[: len(query)]
     special = {*tokenizer.all_special_ids, *_special_ids(tokenizer)}
     end = next((i + 1 for i in range(content[-1] + 1, len(ids)) if ids[i] in special), len(ids))
     answer = ids[first:end]
@@ -273,9 +280,10 @@ def _encode_question(tokenizer: Any, question: Question, limit: int) -> tuple[li
         header = _header(tokenizer, question.query, prompt)
         if header >= limit:
             raise ValueError(f"a limit of {limit} tokens leaves no room for an answer")
-        query = query[-max(header, limit - len(answer), 1) :]
+        kept = max(header, limit - len(answer), 1)
+        query, segments = query[-kept:], segments[-kept:]
         answer = answer[: limit - len(query)]
-    return query, answer
+    return query, segments, answer
 
 
 def _header(tokenizer: Any, query: list[dict[str, Any]], prompt: str) -> int:
@@ -382,7 +390,7 @@ _ABOUT = ["file", "line", "problem"]
 
 def _features(datasets: Any, with_context: bool) -> Any:
     row, rows = datasets.List(datasets.Value("int32")), datasets.List(datasets.List(datasets.Value("int32")))
-    features = {"write_ids": row, "write_segments": row, "query_ids": rows, "answer_ids": rows}
+    features = {"write_ids": row, "write_segments": row, **dict.fromkeys(_ABOUT_QUESTIONS, rows)}
     if with_context:
         features["context_ids"] = rows
     about = (datasets.Value("int64"), datasets.Value("int64"), datasets.Value("string"))
@@ -425,7 +433,7 @@ def check_file(file: str | os.PathLike) -> None:
 
 def _encode_line(tokenizer: Any, recent_messages: int, options: dict, line: bytes) -> dict[str, Any]:
     """A row without its place: tokens, or a problem."""
-    empty = {"write_ids": [], "write_segments": [], "query_ids": [], "answer_ids": []}
+    empty = {"write_ids": [], "write_segments": [], **{name: [] for name in _ABOUT_QUESTIONS}}
     if options["with_context"]:
         empty["context_ids"] = []
     try:
@@ -601,6 +609,8 @@ class EpisodeCollator:
         Returns:
             `write_ids`, `write_mask`, `write_segments` [B, tokens]: the histories; padding has segment -1.
             `read_ids`, `read_mask`, `labels` [N, tokens]: query and answer; labels -100 but on the answer.
+            `read_segments` [N, tokens]: theirs, as in the histories; an answer is a segment of its own. Only
+            if the episodes have `query_segments`.
             `read_rows` [N]: the episode that a question belongs to.
             `context_ids`, `context_mask`, `context_labels` [N, tokens]: the same answers after history and
             query, if the episodes have `context_ids`.
@@ -616,6 +626,15 @@ class EpisodeCollator:
         batch |= zip(("read_ids", "read_mask", "labels"), self._answered(prompts, answers), strict=True)
         rows = [row for row, episode in enumerate(episodes) for _ in episode["query_ids"]]
         batch["read_rows"] = torch.tensor(rows, dtype=torch.int64)
+        if "query_segments" in episodes[0]:
+            segments = [one for episode in episodes for one in episode["query_segments"]]
+            batch["read_segments"] = _pad(
+                [
+                    [*query, *[max(query, default=-1) + 1] * len(answer)]
+                    for query, answer in zip(segments, answers, strict=True)
+                ],
+                -1,
+            )
         if "context_ids" in episodes[0]:
             prompts = [context for episode in episodes for context in episode["context_ids"]]
             names = ("context_ids", "context_mask", "context_labels")

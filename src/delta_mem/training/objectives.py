@@ -44,6 +44,9 @@ class EpisodeObjective:
             too, so that the memory learns not to harm it. In training mode only.
         clear_memory: probability, row by row, that the memory is cleared before a question that shows the
             history, so that the context is not forgotten over the memory.
+        write_questions: probability, batch by batch, that questions and answers are written while they are
+            read, as in a chat, so that a question does not erase what it asks for. In training mode only, and
+            not where the history is shown.
         write_chunk: tokens of the history that are written at a time; None: all at once.
         gradient_chunks: chunks that get gradients, counted from the end of the batch's longest history;
             None: all.
@@ -57,13 +60,14 @@ class EpisodeObjective:
     distill_weight: float = 0.0
     show_history: float = 0.0
     clear_memory: float = 0.0
+    write_questions: float = 0.0
     write_chunk: int | None = None
     gradient_chunks: int | None = None
 
     def __post_init__(self):
         if self.sparsity_weight < 0:
             raise ValueError(f"sparsity_weight must not be negative, got {self.sparsity_weight}.")
-        for name in ("sparsity_target", "distill_weight", "show_history", "clear_memory"):
+        for name in ("sparsity_target", "distill_weight", "show_history", "clear_memory", "write_questions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         for name in ("write_chunk", "gradient_chunks"):
@@ -93,7 +97,7 @@ class EpisodeObjective:
             model: gradients are recorded in training mode only.
             batch: as `EpisodeCollator` makes it; see `by_episode`.
             num_items: the number of answer tokens that the sums are divided by; None: the batch's own.
-            generator: for `show_history` and `clear_memory`, on the CPU; None: torch's own.
+            generator: for what is drawn by probability, on the CPU; None: torch's own.
 
         Returns:
             The loss, a float32 scalar; and means over the batch, detached, by the names of `by_episode`.
@@ -120,6 +124,7 @@ class EpisodeObjective:
                 read_ids, read_mask, labels [N, L]: all questions with answers; labels are -100 but on the
                     answers' tokens.
                 read_rows [N]: the episode that each question is about.
+                read_segments [N, L]: the questions' and answers' segments; only for `write_questions`.
                 context_ids, context_mask, context_labels [N, C]: the same with the history before them; only
                     if `needs_context`.
                 answer_tokens: int, columns from the first label to the end of its row, at most. If it
@@ -134,21 +139,28 @@ class EpisodeObjective:
             layers) and "correction" (relative size while reading, mean over layers and heads).
 
         Raises:
-            ValueError: the batch has no context and needs it.
+            ValueError: the batch has no context, or no segments of questions, and needs them.
         """
         if self.needs_context and "context_ids" not in batch:
             raise ValueError("distill_weight and show_history need episodes encoded with with_context=True.")
+        if self.write_questions and "read_segments" not in batch:
+            raise ValueError("write_questions needs episodes with query_segments.")
         rows, device = len(batch["write_ids"]), batch["labels"].device
-        show = model.training and torch.rand((), generator=generator).item() < self.show_history
+
+        def drawn(probability: float) -> bool:
+            return model.training and torch.rand((), generator=generator).item() < probability
+
+        show = drawn(self.show_history)
+        write = self.write_questions > 0 and drawn(self.write_questions) and not show
         memory, gates = self.write_history(model, batch)
         norms = [state.detach().flatten(1).norm(dim=1) for state in memory.layers.values()]
         if show:
-            drawn = torch.rand(first_row + rows, generator=generator)[first_row:]
-            memory = _cleared(memory, drawn < self.clear_memory)
+            draws = torch.rand(first_row + rows, generator=generator)[first_row:]
+            memory = _cleared(memory, draws < self.clear_memory)
 
         answers = batch.get("answer_tokens") or answer_tokens(batch["read_mask"], batch["labels"])
         trace = MemoryTrace()
-        options = dict(memory=memory.select(batch["read_rows"]), write=False, trace=trace)
+        options = dict(memory=memory.select(batch["read_rows"]), write=write, trace=trace)
         logits, labels = _answer_logits(model, batch, "context" if show else "read", answers, **options)
         corrections = [size for heads in trace.corrections.values() for size in heads.values()]
 
@@ -190,7 +202,7 @@ class EpisodeObjective:
                 F.pad(x, (0, 1), value=v) for x, v in ((ids, 0), (mask, False), (segments, -1))
             )
         token_writes = model.delta_config.write == "token"
-        writes = mask & (segments >= 0) if token_writes else mask
+        writes = _writes(model, mask, segments)
         # A segment that goes on behind a chunk's end stays open until it ends.
         goes_on = mask[:, :-1] & mask[:, 1:] & (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] >= 0)
         goes_on = F.pad(goes_on, (0, 1))
@@ -217,6 +229,11 @@ class EpisodeObjective:
         return memory, [
             torch.stack(layer).sum(0) / count.to(layer[0].device) for layer in zip(*sums, strict=True)
         ]
+
+
+def _writes(model: DeltaMemModel, mask: Tensor, segments: Tensor) -> Tensor:
+    """bool [batch, tokens]: the tokens that write. Under segment writes glue takes part, to end segments."""
+    return mask & (segments >= 0) if model.delta_config.write == "token" else mask
 
 
 def _write_chunk(
@@ -249,13 +266,17 @@ def _answer_logits(
     """Float32 logits [N, answers, vocabulary] for the labels [N, answers] that stand beside them.
 
     Rows are turned so that their padding comes first and all answers end in the last column: then
-    the logits of the last columns are all that is asked of the backbone.
+    the logits of the last columns are all that is asked of the backbone. With `write=True` what is read is
+    written, too.
     """
     ids, mask = batch[f"{kind}_ids"], batch[f"{kind}_mask"].long()
     labels = batch["labels" if kind == "read" else "context_labels"]
     columns = torch.arange(ids.shape[1], device=ids.device)
     turned = (columns + mask.sum(1, keepdim=True)) % ids.shape[1]
     ids, mask, labels = (x.gather(1, turned) for x in (ids, mask, labels))
+    if options.get("write"):
+        segments = batch["read_segments"].gather(1, turned)
+        options |= {"segment_ids": segments, "write": _writes(model, mask.bool(), segments)}
     output = model(
         ids,
         mask,

@@ -61,6 +61,9 @@ class MemoryTrainingArguments(TrainingArguments):
     clear_memory: float = field(
         default=0.0, metadata={"help": "Probability that the memory is cleared where the history is shown."}
     )
+    write_questions: float = field(
+        default=0.0, metadata={"help": "Probability that questions are written while they are read."}
+    )
     write_chunk: int | None = field(
         default=None, metadata={"help": "Tokens of the history written at a time; default all."}
     )
