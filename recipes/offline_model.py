@@ -308,6 +308,14 @@ def common_arguments(
     }
 
 
+def adapter_arguments(*args: Any) -> dict[str, Any]:
+    """Those of `common_arguments` for an adapter."""
+    common = common_arguments(*args)
+    if torch.cuda.is_available():  # as fast in float32, which is what the adapter will be used in
+        common |= {"bf16": False, "tf32": True}
+    return common
+
+
 def train(trainer: Trainer) -> None:
     """Trains, from the last checkpoint in its folder if there is one: an interrupted run goes on."""
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
@@ -355,9 +363,7 @@ def make_adapter(
         begin = 0.15
 
     def stage(name: str, steps: int, lr: float, begin: float, **options: Any) -> None:
-        common = common_arguments(name, steps, lr, seed, folder, workers)
-        if torch.cuda.is_available():  # as fast in float32, which is what the adapter will be used in
-            common |= {"bf16": False, "tf32": True}
+        common = adapter_arguments(name, steps, lr, seed, folder, workers)
         data = Episodes(tokenizer, model.delta_config.write, seed, steps, size.adapter_tokens, begin)
         train(MemoryTrainer(model, MemoryTrainingArguments(**common, **options), alone, data))
 

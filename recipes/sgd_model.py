@@ -36,6 +36,7 @@ from offline_model import (
     Batches,
     Conversations,
     Size,
+    adapter_arguments,
     alone,
     chat_tokenizer,
     common_arguments,
@@ -61,7 +62,7 @@ from delta_mem.evaluation.tasks.base import file_rows
 from delta_mem.training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
 
 SIZES = {
-    "gpu": Size(6, 384, 2000, 1.5e-3, 49_152, 3000, 3e-3, 16_384),
+    "gpu": Size(6, 384, 2000, 1.5e-3, 49_152, 1600, 3e-3, 16_384),
     "cpu": Size(3, 128, 6000, 2e-3, 4_096, 2000, 3e-3, 4_096),
 }
 VOCABULARY = 4096
@@ -387,7 +388,7 @@ def make_adapter(
     if name in STARTS:
         steps = int(SHORTER * steps)
         checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
-    common = common_arguments(name, steps, size.adapter_lr, seed, folder, workers)
+    common = adapter_arguments(name, steps, size.adapter_lr, seed, folder, workers)
     data = Episodes(pools, tokenizer, seed, steps, size.adapter_tokens)
     train(MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data))
     return model.eval()

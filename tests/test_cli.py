@@ -451,7 +451,7 @@ def test_demo_shows_a_fact_remembered_with_the_history_gone(tmp_path):
     lines = text.splitlines()
     assert text.index("The context is cleared") < text.index("only the memory") < text.index("The memory is")
     assert "Your name is" in text and "I do not know" in text
-    sizes = re.search(r"The memory is 4,096 bytes; the KV cache that it stands in for is (\d\.\d) MB\.", text)
+    sizes = re.search(r"The memory is 1,024 bytes; the KV cache that it stands in for is (\d\.\d) MB\.", text)
     assert float(sizes[1]) > 0.5
     head = next(line for line in lines if line.startswith("facts told"))
     assert head.split()[2:] == ["1", "2", "4", "8", "16"]

@@ -9,7 +9,7 @@ import delta_mem as dm
 from delta_mem.evaluation.scoring import contains
 from delta_mem.evaluation.systems import FullContext, Memory, NoContext
 from delta_mem.evaluation.tasks.recall import ask, conversation, held_out
-from delta_mem.offline import FOLDER
+from delta_mem.offline import ADAPTERS, FOLDER
 from delta_mem.training import Episode, EpisodeCollator, EpisodeObjective, Question, encode_episode
 
 OPTIONS = {"max_new_tokens": 16, "batch_size": 16}
@@ -21,15 +21,17 @@ def recall(system, *args, **options):
 
 
 def test_four_facts_are_recalled_with_the_history_gone():
-    model, tokenizer = dm.load_offline_model("msw")
+    model, tokenizer = dm.load_offline_model()
     talks = (40, 4)
     assert recall(NoContext(model.backbone, tokenizer, **OPTIONS), *talks) <= 0.05
     assert recall(FullContext(model.backbone, tokenizer, **OPTIONS), *talks) >= 0.95
-    assert recall(Memory(model, tokenizer, **OPTIONS), *talks) >= 0.75
+    for name in ADAPTERS:
+        memory = Memory(*dm.load_offline_model(name), **OPTIONS)
+        assert recall(memory, *talks) >= 0.9, name
 
 
 def test_a_chat_remembers_what_left_its_context():
-    model, tokenizer = dm.load_offline_model("msw")
+    model, tokenizer = dm.load_offline_model()
     right = asked = 0
     for talk in held_out(40, 2):
         chat = dm.ChatSession(model, tokenizer, window=1, max_new_tokens=16)
@@ -38,11 +40,11 @@ def test_a_chat_remembers_what_left_its_context():
         for question in talk.questions:
             right += contains(question.value, chat.fork().send(question.query))
             asked += 1
-    assert right / asked >= 0.8
+    assert right / asked >= 0.9
 
 
 def test_what_the_readme_says_of_it():
-    model, tokenizer = dm.load_offline_model("msw")
+    model, tokenizer = dm.load_offline_model()
     chat = dm.ChatSession(model, tokenizer, window=1)
     chat.send("My mother lives in Oslo.")
     assert "Oslo" in chat.send("Where does my mother live?")

@@ -416,7 +416,9 @@ def test_questions_are_written_as_in_a_chat(kind):
             losses.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
     close(loss, torch.cat(losses).mean())
     assert (loss - plain()(model, batch_of(rows))[0]).abs() > 1e-4
-    assert plain(write_questions=1.0)(model.eval(), batch_of(rows))[0].equal(plain()(model, batch_of(rows))[0])
+    assert plain(write_questions=1.0)(model.eval(), batch_of(rows))[0].equal(
+        plain()(model, batch_of(rows))[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ class MemoryCall:
         # None once committed: what checkpointing's second forward leaves would only keep its graph alive.
         self.left: dict[int, tuple[Tensor, Tensor | None]] | None = {}
         self.inputs: dict[int, Tensor] | None = {} if keep_inputs else None
+        self.recorded = _is_recorded(memory.tokens_written)
         self.trace = trace
         self.gates: dict[int, Tensor] = {}
         self.corrections: dict[int, dict[str, Tensor]] = {}
@@ -243,7 +244,8 @@ class MemoryCall:
         """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
         plan = self._plan_on(hidden.device)
         if hidden.shape[1] == 1 and self.inputs is None and self.trace is None:
-            reads, *after = adapter.step(hidden, self.states[index], self.open_sums.get(index), plan)
+            before = self.states[index], self.open_sums.get(index)
+            reads, *after = adapter.step(hidden, *before, plan, self.recorded)
             self._leave(index, *after)
             return reads
         return self.advance(index, adapter, adapter.project(hidden))
@@ -303,7 +305,7 @@ class MemoryCall:
         if self.plan.read_only:
             return
         memory, segments = self.memory, self.plan.segments
-        renew = _overwritten if _is_recorded(memory.tokens_written) else _replaced
+        renew = _overwritten if self.recorded else _replaced
         memory.layers = {i: renew(state, left[i][0]) for i, state in memory.layers.items()}
         memory.tokens_written = renew(memory.tokens_written, memory.tokens_written + self.plan.tokens)
         if segments is not None:

@@ -241,23 +241,29 @@ class DeltaMemory(nn.Module):
         return reads.flatten(2), state, open_sum
 
     def step(
-        self, hidden: Tensor, state: Tensor, open_sum: Tensor | None, plan: WritePlan
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        open_sum: Tensor | None,
+        plan: WritePlan,
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`project` and `advance` of one token: one kernel where there is one.
 
         Args:
             hidden: [batch, 1, hidden].
             state, open_sum, plan: as in `advance`.
+            in_place: `state` and `open_sum` may be changed, and be the new ones.
 
         Returns:
             As `advance`; the reads in hidden's dtype.
         """
         weights = self._weight("in_proj", hidden.dtype), self._weight("gate_bias", torch.float32)
         if plan.segments is None:
-            reads, after = ops.step(hidden, *weights, state, self.rule, plan.writes, plan.mask)
+            reads, after = ops.step(hidden, *weights, state, self.rule, plan.writes, plan.mask, in_place)
         else:
             reads, after, open_sum = ops.step_segments(
-                hidden, *weights, state, open_sum, self.rule, plan.segments, plan.mask
+                hidden, *weights, state, open_sum, self.rule, plan.segments, plan.mask, in_place
             )
         return reads.flatten(2), state if plan.read_only else after, open_sum
 

@@ -75,7 +75,7 @@ def demo(
 
         logging.disable_progress_bar()
         models = {name: load_offline_model(name) for name in ADAPTERS}
-        model, tokenizer = models["msw"]
+        model, tokenizer = models["tsw"]
 
     chat = ChatSession(model, tokenizer, window=1)
     out.print("A conversation. Each message leaves the context as soon as it is answered.\n", style="dim")

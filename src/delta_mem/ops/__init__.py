@@ -212,6 +212,7 @@ def step(
     rule: Rule,
     writes: Tensor | None = None,
     mask: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token from a layer's input on, as in decoding: project, activate, read, write.
 
@@ -219,15 +220,17 @@ def step(
         hidden: [batch, 1, size], any floating dtype.
         in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
         gate_bias, state, rule, writes, mask: as in `advance`.
+        in_place: the new state may take the place of the old one, and be the same tensor.
 
     Returns:
         The reads [batch, 1, states, rank] in hidden's dtype, and the state after the token.
     """
     if not _learns(hidden, in_proj, gate_bias, state):
-        for fused in (triton.step, cpu.step):
-            results = fused(hidden, in_proj, gate_bias, state, rule, writes, mask)
-            if results is not None:
-                return results
+        results = triton.step(hidden, in_proj, gate_bias, state, rule, writes, mask, in_place)
+        if results is None:
+            results = cpu.step(hidden, in_proj, gate_bias, state, rule, writes, mask)
+        if results is not None:
+            return results
     reads, state = advance(project(hidden, in_proj), gate_bias, state, rule, writes, mask)
     return reads.to(hidden.dtype), state
 
@@ -330,6 +333,7 @@ def step_segments(
     rule: Rule,
     plan: SegmentPlan,
     mask: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`step` under segment writes; the arguments are those of `step` and of `advance_segments`.
 
@@ -337,10 +341,12 @@ def step_segments(
         The reads [batch, 1, states, rank] in hidden's dtype, the state, the sums of the segments left open.
     """
     if not _learns(hidden, in_proj, gate_bias, state, open_sum):
-        for fused in (triton.step_segments, cpu.step_segments):
-            results = fused(hidden, in_proj, gate_bias, state, open_sum, rule, plan, mask)
-            if results is not None:
-                return results
+        arguments = hidden, in_proj, gate_bias, state, open_sum, rule, plan, mask
+        results = triton.step_segments(*arguments, in_place)
+        if results is None:
+            results = cpu.step_segments(*arguments)
+        if results is not None:
+            return results
     z = project(hidden, in_proj)
     reads, state, open_sum = advance_segments(z, gate_bias, state, open_sum, rule, plan, mask)
     return reads.to(hidden.dtype), state, open_sum

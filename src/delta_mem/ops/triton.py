@@ -102,15 +102,18 @@ def step(
     rule: Rule,
     writes: Tensor | None,
     mask: Tensor | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """See `delta_mem.ops.step`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
     if not _runs_on(hidden):
         return None
     tensors = hidden, in_proj, gate_bias, state, writes, mask
     if torch.compiler.is_compiling() or _watched():
-        if _step_fits(tensors, rule):
-            return torch.ops.delta_mem.step(*tensors[:4], *rule, writes, mask)
-        return None
+        if not _step_fits(tensors, rule):
+            return None
+        if in_place:
+            return torch.ops.delta_mem.step_in_place(*tensors[:4], *rule, writes, mask), state
+        return torch.ops.delta_mem.step(*tensors[:4], *rule, writes, mask)
     if _transformed():
         return None
     # Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
@@ -127,7 +130,7 @@ def step(
     launch = _steps.get(key)
     if launch is None:
         launch = _steps[key] = _step_fits(tensors, rule) and _Step(kernels.step, 1, tensors, rule)
-    return launch(*tensors) if launch else None
+    return launch(tensors, in_place) if launch else None
 
 
 _steps: dict[tuple, "_Step | bool"] = {}
@@ -142,6 +145,7 @@ def step_segments(
     rule: Rule,
     plan: SegmentPlan,
     mask: Tensor | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `delta_mem.ops.step_segments`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
     if not _runs_on(hidden):
@@ -150,7 +154,10 @@ def step_segments(
     tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
     if torch.compiler.is_compiling() or _watched():
         if _step_segments_fits(tensors, rule):
-            return torch.ops.delta_mem.step_segments(*tensors[:5], planned, *rule, mask)
+            arguments = *tensors[:5], planned, *rule, mask
+            if in_place:
+                return torch.ops.delta_mem.step_segments_in_place(*arguments), state, open_sum
+            return torch.ops.delta_mem.step_segments(*arguments)
         return None
     if _transformed():
         return None
@@ -159,7 +166,7 @@ def step_segments(
     if launch is None:
         fits = _step_segments_fits(tensors, rule)
         launch = _steps[key] = fits and _Step(kernels.step_segments, 2, tensors, rule)
-    return launch(*tensors) if launch else None
+    return launch(tensors, in_place) if launch else None
 
 
 def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> bool:
@@ -471,19 +478,27 @@ class _Step:
         hidden, states, rank = tensors[0], rule.num_states, rule.rank
         batch, _, size = hidden.shape
         R = _cut(batch, states, rank).padded
-        self.carried = carried
+        self.carried = slice(3, 3 + carried)
         self.reads = batch, 1, states, rank
-        self.grid = states, batch, 1
-        constants = states, size, rank, R, max(16, 2048 // R), 1, *rule[2:]
-        results = hidden, *tensors[3 : 3 + carried]  # of the same dtypes
-        self.kernel = _kernel(kernel, (*tensors, *results), constants, {"num_warps": 16})
+        # A segment's sums are its state's: there a program has all rows.
+        alone = kernel is kernels.step
+        self.grid = states, batch, R if alone else 1
+        tile = (1, max(16, 4096 // R)) if alone else (max(16, 2048 // R),)
+        constants = states, size, rank, R, *tile, *rule[2:]
+        results = hidden, *tensors[self.carried]  # of the same dtypes
+        self.kernel = _kernel(kernel, (*tensors, *results), constants, {"num_warps": 8 if alone else 16})
 
-    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The reads of one token, and the new values."""
-        tensors = [x if x is None else x.contiguous() for x in tensors]
-        reads = tensors[0].new_empty(*self.reads)
-        after = [torch.empty_like(x) for x in tensors[3 : 3 + self.carried]]
-        self.kernel(self.grid, (*tensors, reads, *after))
+    def __call__(self, tensors: tuple[Tensor | None, ...], in_place: bool = False) -> tuple[Tensor, ...]:
+        """The reads of one token, and the new values; with `in_place`, where the old ones were."""
+        given = [x if x is None else x.contiguous() for x in tensors]
+        reads = given[0].new_empty(*self.reads)
+        after = given[self.carried] if in_place else [torch.empty_like(x) for x in given[self.carried]]
+        self.kernel(self.grid, (*given, reads, *after))
+        if in_place:
+            for old, new in zip(tensors[self.carried], after, strict=True):
+                if new is not old:  # it was not contiguous
+                    old.copy_(new)
+            return reads, *tensors[self.carried]
         return reads, *after
 
 
@@ -689,13 +704,31 @@ def _step(
 ):
     tensors = hidden, in_proj, gate_bias, state, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step, 1, tensors, rule)(*tensors)
+    return _Step(kernels.step, 1, tensors, rule)(tensors)
+
+
+# Written as operators that change their inputs, for a compiler that would else copy every state once a token.
+@_operator(
+    f"step_in_place(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor(a!) state, {_RULE}) -> Tensor",
+    lambda hidden, in_proj, gate_bias, state, *_: hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
+)
+def _step_in_place(
+    hidden, in_proj, gate_bias, state, num_states, rank, update, tied_gates, per_row_gates, writes, mask
+):
+    tensors = hidden, in_proj, gate_bias, state, writes, mask
+    rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
+    return _Step(kernels.step, 1, tensors, rule)(tensors, in_place=True)[0]
+
+
+_SEGMENTS = (
+    "Tensor[] planned, int num_states, int rank, str update, bool tied_gates, bool per_row_gates, "
+    "Tensor? mask"
+)
 
 
 @_operator(
     "step_segments(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor state, Tensor open_sum, "
-    "Tensor[] planned, int num_states, int rank, str update, bool tied_gates, bool per_row_gates, "
-    "Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    f"{_SEGMENTS}) -> (Tensor, Tensor, Tensor)",
     lambda hidden, in_proj, gate_bias, state, open_sum, *_: (
         hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
         torch.empty_like(state),
@@ -708,7 +741,21 @@ def _step_segments(
 ):  # fmt: skip
     tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step_segments, 2, tensors, rule)(*tensors)
+    return _Step(kernels.step_segments, 2, tensors, rule)(tensors)
+
+
+@_operator(
+    "step_segments_in_place(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor(a!) state, "
+    f"Tensor(b!) open_sum, {_SEGMENTS}) -> Tensor",
+    lambda hidden, in_proj, gate_bias, state, *_: hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
+)
+def _step_segments_in_place(
+    hidden, in_proj, gate_bias, state, open_sum, planned,
+    num_states, rank, update, tied_gates, per_row_gates, mask,
+):  # fmt: skip
+    tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
+    rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
+    return _Step(kernels.step_segments, 2, tensors, rule)(tensors, in_place=True)[0]
 
 
 def _transformed() -> bool:

@@ -651,50 +651,44 @@ def _over_rows(x, R: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr):
 def _project(
     hidden,
     in_proj,
+    at_all,
     at,
     gate,
     gates,
+    columns,
     rows,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     R: tl.constexpr,
+    ROWS: tl.constexpr,
     SLICE: tl.constexpr,
-    UNROLL: tl.constexpr,
     TIED: tl.constexpr,
 ):
-    """One token's projections query, key, value, beta and decay [R] of one state."""
+    """One token's query and key [R] of one state, and value, beta and decay [ROWS] of some of its rows."""
     x = tl.arange(0, SLICE)
     query = tl.zeros((R, SLICE), tl.float32)
     key = tl.zeros((R, SLICE), tl.float32)
-    value = tl.zeros((R, SLICE), tl.float32)
-    beta = tl.zeros((R, SLICE), tl.float32)
-    decay = tl.zeros((R, SLICE), tl.float32)
-    at_q = in_proj + at.to(tl.int64)[:, None] * SIZE + x[None, :]
+    value = tl.zeros((ROWS, SLICE), tl.float32)
+    beta = tl.zeros((ROWS, SLICE), tl.float32)
+    decay = tl.zeros((ROWS, SLICE), tl.float32)
+    at_q = in_proj + at_all.to(tl.int64)[:, None] * SIZE + x[None, :]
+    at_v = in_proj + (2 * WIDTH + at).to(tl.int64)[:, None] * SIZE + x[None, :]
     at_g = in_proj + (3 * WIDTH + gate).to(tl.int64)[:, None] * SIZE + x[None, :]
-    for start in range(0, SIZE, SLICE * UNROLL):
-        loaded = ()
-        for j in tl.static_range(UNROLL):
-            on = start + j * SLICE
-            inside = on + x < SIZE
-            whole = rows & inside[None, :]
-            slices = (
-                tl.load(hidden + on + x, mask=inside, other=0.0)[None, :],
-                tl.load(at_q + on, mask=whole, other=0.0),
-                tl.load(at_q + WIDTH * SIZE + on, mask=whole, other=0.0),
-                tl.load(at_q + 2 * WIDTH * SIZE + on, mask=whole, other=0.0),
-                tl.load(at_g + on, mask=whole, other=0.0),
-            )
-            if not TIED:
-                slices = slices + (tl.load(at_g + gates * SIZE + on, mask=whole, other=0.0),)
-            loaded = loaded + (slices,)
-        for j in tl.static_range(UNROLL):
-            h = loaded[j][0]
-            query += _product(loaded[j][1], h)
-            key += _product(loaded[j][2], h)
-            value += _product(loaded[j][3], h)
-            beta += _product(loaded[j][4], h)
-            if not TIED:
-                decay += _product(loaded[j][5], h)
+    for on in range(0, SIZE, SLICE):
+        inside = on + x < SIZE
+        whole = columns[:, None] & inside[None, :]
+        own = rows[:, None] & inside[None, :]
+        h = tl.load(hidden + on + x, mask=inside, other=0.0)[None, :]
+        w_q = tl.load(at_q + on, mask=whole, other=0.0)
+        w_k = tl.load(at_q + WIDTH * SIZE + on, mask=whole, other=0.0)
+        w_v = tl.load(at_v + on, mask=own, other=0.0)
+        w_b = tl.load(at_g + on, mask=own, other=0.0)
+        query += _product(w_q, h)
+        key += _product(w_k, h)
+        value += _product(w_v, h)
+        beta += _product(w_b, h)
+        if not TIED:
+            decay += _product(tl.load(at_g + gates * SIZE + on, mask=own, other=0.0), h)
     sums = (tl.sum(query, axis=1), tl.sum(key, axis=1), tl.sum(value, axis=1), tl.sum(beta, axis=1))
     return sums + (tl.sum(decay, axis=1),)
 
@@ -713,7 +707,7 @@ def _written(
     UPDATE: tl.constexpr,
     TIED: tl.constexpr,
 ):
-    """The state [R, R] after a token, or a segment's mean, of these projections [R]."""
+    """Rows s [ROWS, R] of the state after a token, or a segment's mean; of its key [R], the others [ROWS]."""
     k = _direction(key, 0)
     beta += tl.load(gate_bias + gate, mask=seen, other=0.0)
     if not TIED:
@@ -737,52 +731,57 @@ def step(
     SIZE: tl.constexpr,
     RANK: tl.constexpr,
     R: tl.constexpr,
+    ROWS: tl.constexpr,
     SLICE: tl.constexpr,
-    UNROLL: tl.constexpr,
     UPDATE: tl.constexpr,
     TIED: tl.constexpr,
     PER_ROW: tl.constexpr,
 ):
-    """Projection, read and write of one token. Grid: (STATES, batch).
+    """Projection, read and write of one token. Grid: (STATES, batch, R / ROWS).
+
+    A program has ROWS rows of a state. They need its whole query and key: to compute these again in each
+    program takes less time than one program for all would wait for memory.
 
     Args:
         hidden: [batch, SIZE].
         in_proj: [features, SIZE], the layer's projections, laid out as `Rule.sections`.
         gate_bias: see `activation.activate`.
-        before, after: the state [batch, STATES, RANK, RANK].
+        before, after: the state [batch, STATES, RANK, RANK]; may be the same.
         writes, mask: bool [batch], or None.
         reads: [batch, STATES, RANK].
-        SLICE, UNROLL: numbers of SIZE in a tile, and tiles that are loaded together.
+        SLICE: numbers of SIZE in a tile.
     """
     state = tl.program_id(0)
     row = tl.program_id(1)
     width: tl.constexpr = STATES * RANK
-    i = tl.arange(0, R)
-    rows = (i < RANK)[:, None]
+    j = tl.arange(0, R)
+    i = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     at = state * RANK + i
     gate = at
     gates = width
     if not PER_ROW:
         gate = state + i * 0
         gates = STATES
+    rows = i < RANK
     hidden += row.to(tl.int64) * SIZE
     query, key, value, beta, decay = _project(
-        hidden, in_proj, at, gate, gates, rows, width, SIZE, R, SLICE, UNROLL, TIED
+        hidden, in_proj, state * RANK + j, at, gate, gates, j < RANK, rows, width, SIZE, R, ROWS, SLICE, TIED
     )
-    seen = i < RANK
+    seen = rows
     if mask is not None:
         seen = seen & (tl.load(mask + row + i * 0) != 0)
     written = seen
     if writes is not None:
         written = written & (tl.load(writes + row + i * 0) != 0)
 
-    at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
-    whole = rows & (i < RANK)[None, :]
+    at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + j[None, :]
+    whole = rows[:, None] & (j < RANK)[None, :]
     s = tl.load(before + at_state, mask=whole, other=0.0)
     read = tl.where(seen, tl.sum(s * _direction(query, 0)[None, :], axis=1), 0.0)
-    new = _written(s, key, value, beta, decay, gate_bias, gate, gates, i < RANK, UPDATE, TIED)
+    new = _written(s, key, value, beta, decay, gate_bias, gate, gates, rows, UPDATE, TIED)
+    tl.debug_barrier()  # all warps have loaded what may be overwritten now
     tl.store(after + at_state, tl.where(written[:, None], new, s), mask=whole)
-    tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=i < RANK)
+    tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=rows)
 
 
 @triton.jit
@@ -807,7 +806,6 @@ def step_segments(
     RANK: tl.constexpr,
     R: tl.constexpr,
     SLICE: tl.constexpr,
-    UNROLL: tl.constexpr,
     UPDATE: tl.constexpr,
     TIED: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -815,7 +813,8 @@ def step_segments(
     """`step` where the mean of each segment is written at its end. Grid: (STATES, batch).
 
     Args:
-        open_before, open_after: sums of the open segments [batch, features - STATES * RANK].
+        before, after: the state [batch, STATES, RANK, RANK]; may be the same.
+        open_before, open_after: sums of the open segments [batch, features - STATES * RANK]; likewise.
         index, member, ends, closes, counts_before, stays_open: [batch], of the `segments.SegmentPlan`, where
             `counts_before` is called `open_before`.
     """
@@ -823,7 +822,6 @@ def step_segments(
     row = tl.program_id(1)
     width: tl.constexpr = STATES * RANK
     i = tl.arange(0, R)
-    rows = (i < RANK)[:, None]
     at = state * RANK + i
     gate = at
     gates = width
@@ -831,10 +829,10 @@ def step_segments(
         gate = state + i * 0
         gates = STATES
     hidden += row.to(tl.int64) * SIZE
-    query, key_t, value_t, beta_t, decay_t = _project(
-        hidden, in_proj, at, gate, gates, rows, width, SIZE, R, SLICE, UNROLL, TIED
-    )
     inside = i < RANK
+    query, key_t, value_t, beta_t, decay_t = _project(
+        hidden, in_proj, at, at, gate, gates, inside, inside, width, SIZE, R, R, SLICE, TIED
+    )
     features = 2 * width + gates
     if not TIED:
         features += gates
@@ -848,7 +846,7 @@ def step_segments(
     count = tl.load(counts_before + row)
 
     at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
-    whole = rows & inside[None, :]
+    whole = inside[:, None] & inside[None, :]
     s = tl.load(before + at_state, mask=whole, other=0.0)
     n = tl.maximum(count, 1.0)
     closed = _written(
@@ -869,6 +867,7 @@ def step_segments(
     decay = tl.where(goes_on, decay, 0.0) + tl.where(joins, decay_t, 0.0)
     n = tl.maximum(tl.where(goes_on, count, 0.0) + tl.where(joins, 1.0, 0.0), 1.0)
     ended = _written(s, key / n, value / n, beta / n, decay / n, gate_bias, gate, gates, inside, UPDATE, TIED)
+    tl.debug_barrier()  # all warps have loaded what may be overwritten now
     tl.store(after + at_state, tl.where(tl.load(ends + row) != 0, ended, s), mask=whole)
     tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=inside)
 
