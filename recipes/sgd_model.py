@@ -32,7 +32,6 @@ import torch
 from offline_model import (
     ADAPTERS,
     IGNORED,
-    STARTS,
     Batches,
     Conversations,
     Size,
@@ -56,7 +55,7 @@ from transformers import (
     set_seed,
 )
 
-from delta_mem import DeltaMemModel, checkpoint
+from delta_mem import DeltaMemModel
 from delta_mem.evaluation.tasks import sgd
 from delta_mem.evaluation.tasks.base import file_rows
 from delta_mem.training import EpisodeCollator, MemoryTrainer, MemoryTrainingArguments
@@ -68,7 +67,6 @@ SIZES = {
 VOCABULARY = 4096
 POSITIONS = 2048  # enough for the longest dialogue with its questions and answers
 RIVALS = ("lora", "prefix")
-SHORTER = 0.5  # of an adapter's steps: for the rivals, and for what starts from another adapter
 
 
 # ---- dialogues as tokens ---------------------------------------------------------------------------
@@ -384,12 +382,8 @@ def make_adapter(
 ) -> DeltaMemModel:
     set_seed(seed)
     model = DeltaMemModel(backbone, ADAPTERS[name]).train()
-    steps = size.adapter_steps
-    if name in STARTS:
-        steps = int(SHORTER * steps)
-        checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
-    common = adapter_arguments(name, steps, size.adapter_lr, seed, folder, workers)
-    data = Episodes(pools, tokenizer, seed, steps, size.adapter_tokens)
+    common = adapter_arguments(name, size.adapter_steps, size.adapter_lr, seed, folder, workers)
+    data = Episodes(pools, tokenizer, seed, size.adapter_steps, size.adapter_tokens)
     train(MemoryTrainer(model, MemoryTrainingArguments(**common), alone, data))
     return model.eval()
 
@@ -413,9 +407,8 @@ def make_rival(
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=round(parameters / per_token))
     model = get_peft_model(backbone, config)
     model.print_trainable_parameters()
-    steps = int(SHORTER * size.adapter_steps)
-    common = common_arguments(name, steps, size.adapter_lr, seed, folder, workers)
-    data = Questions(pools, tokenizer, seed, steps, size.adapter_tokens)
+    common = common_arguments(name, size.adapter_steps, size.adapter_lr, seed, folder, workers)
+    data = Questions(pools, tokenizer, seed, size.adapter_steps, size.adapter_tokens)
     train(Trainer(model, TrainingArguments(**common), alone, data))
     return model.eval()
 

@@ -251,3 +251,14 @@ def test_neither_folder_nor_hub(monkeypatch):
     for name in ("no/such-adapter", "no such folder!"):
         with pytest.raises(FileNotFoundError, match=name):
             dm.DeltaMemModel.from_pretrained(backbone("qwen3"), name)
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
+    model = dm.DeltaMemModel(backbone("qwen3"), dm.DeltaMemConfig())
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "delta_mem.safetensors").read_bytes()
+    with torch.no_grad():
+        model.adapters["2"].delta_q[3, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"layers\.2\.delta_q holds NaN or infinity; not saved"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "delta_mem.safetensors").read_bytes() == before

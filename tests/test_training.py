@@ -498,6 +498,27 @@ def trainer(folder, rows, kind="TSW", context=False, collator=None, **options):
     return MemoryTrainer(new_model(kind), arguments, batch_of, rows, evaluated)
 
 
+@pytest.mark.parametrize("logging_steps", [1, 10], ids=["logged", "saved-before-logged"])
+def test_a_run_that_becomes_nan_stops_and_keeps_its_last_whole_checkpoint(tmp_path, logging_steps):
+    one = trainer(tmp_path, episodes(8), save_strategy="steps", save_steps=1, logging_steps=logging_steps)
+    poisoned = next(one.memory_model.adapters.parameters())
+
+    def poison(step):
+        def after(optimizer, *_):
+            if one.state.global_step == step:
+                with torch.no_grad():
+                    poisoned.fill_(torch.nan)
+
+        return after
+
+    one.create_optimizer()
+    one.optimizer.register_step_post_hook(poison(1))
+    with pytest.raises(FloatingPointError, match="NaN|is nan at step"):
+        one.train()
+    names = sorted(path.parent.name for path in tmp_path.glob("checkpoint-*/delta_mem.safetensors"))
+    assert names == ["checkpoint-1"]
+
+
 def weights(trained):
     return {name: tensor.detach().clone() for name, tensor in trained.memory_model.named_weights().items()}
 

@@ -159,7 +159,14 @@ def load_adapter(path: str | os.PathLike, **hub_kwargs: Any) -> Adapter:
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
-    """Writes an adapter folder in our format. Each file is replaced whole, the config last."""
+    """Writes an adapter folder in our format. Each file is replaced whole, the config last.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity; it is named and nothing is written.
+    """
+    for name, weight in adapter.weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"the adapter's weight {name} holds NaN or infinity; not saved.")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     values = {

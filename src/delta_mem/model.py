@@ -126,7 +126,11 @@ class DeltaMemModel(nn.Module):
         return model
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Saves the adapter as a folder: config, weights (safetensors) and a model card."""
+        """Saves the adapter as a folder: config, weights (safetensors) and a model card.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity; it is named and nothing is written.
+        """
         checkpoint.save_adapter(checkpoint.adapter_of(self), path)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None,

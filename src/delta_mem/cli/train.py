@@ -538,7 +538,7 @@ def _training_errors() -> Iterator[None]:
 
     try:
         yield
-    except (LineError, AdapterFormatError, SafetensorError, OSError) as error:
+    except (LineError, AdapterFormatError, SafetensorError, FloatingPointError, OSError) as error:
         if str(error).startswith("Caught "):  # in a worker process: the rest is its traceback
             error = ValueError(str(error).strip().splitlines()[-1].partition(": ")[2])
         _fail(error)

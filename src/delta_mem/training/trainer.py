@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -267,11 +268,20 @@ class MemoryTrainer(Trainer):
         return random.Random(f"{self.args.seed} {step} {batch}").getrandbits(63)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """
+        Raises:
+            FloatingPointError: the loss is NaN or infinite: whatever is trained from here on is lost.
+        """
         if "loss" in logs and self._sums is not None:
             means = _means(self._names, self.accelerator.reduce(self._sums, "sum"))
             logs |= {name: mean for name, mean in means.items() if name != "loss"}
             self._sums = None
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0)):
+            raise FloatingPointError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; the checkpoints before are whole, "
+                "to go on from the last one with a lower learning rate, or in float32."
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer asks only after a step whether it is done: a finished run would go on by one.
@@ -335,7 +345,10 @@ class MemoryTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.memory_model.save_pretrained(folder)
+        try:
+            self.memory_model.save_pretrained(folder)
+        except ValueError as error:
+            raise FloatingPointError(str(error)) from None
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
