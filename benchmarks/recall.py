@@ -32,6 +32,7 @@ from delta_mem.evaluation.scoring import confidence_interval
 from delta_mem.evaluation.systems import FullContext, Memory, NoContext
 from delta_mem.evaluation.tasks.recall import ask, conversation, held_out
 from delta_mem.offline import ADAPTERS, FOLDER
+from delta_mem.segments import encode_messages
 
 CELLS = {
     "1 fact": {"facts": 1},
@@ -88,13 +89,17 @@ def train_lora(backbone: Any, tokenizer: Any, parameters: int, steps: int) -> tu
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokenizer: Any, **options: Any) -> float:
-    """Of 64 held-out conversations, each with a few facts and small talk."""
+def perplexity(model: Any, tokenizer: Any, write: bool | None = None) -> float:
+    """Of 64 held-out conversations of a few facts and small talk; `write` them as a chat does, or not."""
     total, tokens = 0.0, 0
     for index in range(64):
         talk = conversation(Random(f"perplexity/{index}"), facts=3, other_talk=4, split="test")
-        text = tokenizer.apply_chat_template(talk.messages, tokenize=False)
-        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        encoded = encode_messages(tokenizer, talk.messages)
+        ids, segments = (x.unsqueeze(0).to(model.device) for x in (encoded.input_ids, encoded.segment_ids))
+        options = {}
+        if write is not None:
+            by_token = model.delta_config.write == "token"
+            options = {"segment_ids": segments, "write": segments >= 0 if write and by_token else write}
         logits = model(ids, use_cache=False, **options).logits[0, :-1]
         total += float(F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum"))
         tokens += ids.shape[1] - 1
@@ -142,7 +147,7 @@ def main() -> None:
     print(f"| frozen backbone | {base:.4f} | |")
     for name, model in models.items():
         for label, write in ((", nothing written", False), (", written as it goes", True)):
-            value = perplexity(model, tokenizer, write=write)
+            value = perplexity(model, tokenizer, write)
             print(f"| {name.upper()}, empty memory{label} | {value:.4f} | {value / base - 1:+.2%} |")
 
 

@@ -279,8 +279,8 @@ class MemoryTrainer(Trainer):
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0)):
             raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}; the checkpoints before are whole, "
-                "to go on from the last one with a lower learning rate, or in float32."
+                f"the loss is {logs['loss']} at step {self.state.global_step}; go on from the last "
+                "checkpoint, with a lower learning rate or in float32."
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
