@@ -5,8 +5,8 @@
     adapters    one memory each for TSW, SSW and MSW, trained to answer with the history gone
 
 The conversations are those of `delta_mem.evaluation.tasks.recall`, training split, made on the fly, none
-twice. The shipped backbone is `--size gpu`: minutes on a GPU, of no use on a CPU; an adapter on it
-takes an hour or more of one core. `--size cpu` is smaller. An interrupted run goes on with the same command.
+twice. The shipped model is `--size gpu`, of no use on a CPU: minutes for the backbone and a quarter of an hour
+for an adapter. `--size cpu` is smaller. An interrupted run goes on with the same command.
 
     python recipes/offline_model.py --size gpu --output build/offline
     python benchmarks/recall.py build/offline           # what it has learned
