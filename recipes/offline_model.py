@@ -5,8 +5,8 @@
     adapters    one memory each for TSW, SSW and MSW, trained to answer with the history gone
 
 The conversations are those of `delta_mem.evaluation.tasks.recall`, training split, made on the fly, none
-twice. The shipped model is `--size gpu`, of no use on a CPU: minutes for the backbone and a quarter of an hour
-for an adapter. `--size cpu` is smaller. An interrupted run goes on with the same command.
+twice. The shipped model is `--size gpu`, of no use on a CPU: minutes for the backbone, a quarter of an hour for
+an adapter. `--size cpu` is smaller. An interrupted run goes on with the same command.
 
     python recipes/offline_model.py --size gpu --output build/offline
     python benchmarks/recall.py build/offline           # what it has learned
@@ -130,7 +130,7 @@ class Batches(Dataset):
         tokens: in a batch, about.
     """
 
-    def __init__(self, tokenizer: Any, seed: int, count: int, tokens: int):
+    def __init__(self, tokenizer: Any, seed: int | str, count: int, tokens: int):
         self.tokenizer, self.seed, self.count, self.tokens = tokenizer, seed, count, tokens
 
     def __len__(self) -> int:
@@ -198,7 +198,7 @@ class Episodes(Batches):
     `begin` is the share of the stages that is left out.
     """
 
-    def __init__(self, tokenizer: Any, write: str, seed: int, count: int, tokens: int, begin: float):
+    def __init__(self, tokenizer: Any, write: str, seed: str, count: int, tokens: int, begin: float):
         super().__init__(tokenizer, seed, count, tokens)
         self.write, self.begin = write, begin
         self.collate = EpisodeCollator(tokenizer.pad_token_id)
@@ -286,7 +286,7 @@ def common_arguments(
     name: str, steps: int, lr: float, seed: int, folder: Path, workers: int
 ) -> dict[str, Any]:
     return {
-        # A run goes on only where it is the same run.
+        # A run goes on where it was, as long as what is most often changed is the same.
         "output_dir": str(folder / "training" / f"{name}-{steps}-{lr}-{seed}"),
         "max_steps": steps,
         "per_device_train_batch_size": 1,  # of `Batches`
@@ -362,14 +362,15 @@ def make_adapter(
         checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
         begin = 0.15
 
-    def stage(name: str, steps: int, lr: float, begin: float, **options: Any) -> None:
+    def stage(name: str, draw: str, steps: int, lr: float, begin: float, **options: Any) -> None:
         common = adapter_arguments(name, steps, lr, seed, folder, workers)
-        data = Episodes(tokenizer, model.delta_config.write, seed, steps, size.adapter_tokens, begin)
+        data = Episodes(tokenizer, model.delta_config.write, draw, steps, size.adapter_tokens, begin)
         train(MemoryTrainer(model, MemoryTrainingArguments(**common, **options), alone, data))
 
-    stage(name, size.adapter_steps, size.adapter_lr, begin)
+    stage(name, f"{seed}", size.adapter_steps, size.adapter_lr, begin)
     # A chat writes what is asked, and answered, too.
-    stage(f"{name}-chat", size.adapter_steps // 4, size.adapter_lr / 3, begin=0.3, write_questions=0.5)
+    steps, lr = size.adapter_steps // 4, size.adapter_lr / 3
+    stage(f"{name}-chat", f"{seed}/chat", steps, lr, begin=0.3, write_questions=0.5)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import delta_mem as dm
@@ -254,6 +255,18 @@ def test_nothing_outside_attention_finds_a_reading():
         before = projection(x)
         run(model)
         assert torch.equal(projection(x), before)
+
+
+def test_nothing_finds_the_reading_of_a_second_forward():
+    frozen = backbone("qwen3")
+    model = seeded(frozen, dm.DeltaMemConfig(heads=("q",), init="random")).train()
+    for layer in frozen.model.layers:
+        layer.self_attn = checkpoint_wrapper(layer.self_attn, CheckpointImpl.NO_REENTRANT)
+    attention = frozen.model.layers[0].self_attn
+    x = torch.randn(2, 24, 48)
+    before = attention.q_proj(x)
+    model(IDS, memory=model.new_memory(2), labels=IDS, use_cache=False).loss.backward()
+    assert torch.equal(attention.q_proj(x), before)
 
 
 @pytest.mark.parametrize(("family", "name"), [("qwen3", "q_proj"), ("phi3", "qkv_proj")])

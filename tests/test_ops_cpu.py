@@ -425,6 +425,10 @@ def test_steps_leave_to_others_what_is_not_as_it_should_be():
         (*one_token(rule, batch=cpu.FEW + 1), rule, None, None),
     ):
         assert cpu.step(*wrong) is None
+    for batch, tokens in ((2, 1), (3, 2)):
+        plan = segments.plan(*(part[:batch] for part in stream(0, tokens=tokens)))
+        given = hidden, in_proj, bias, state, torch.zeros(3, 24), rule
+        assert cpu.step_segments(*given, plan, None) is None
 
 
 # Which backend is taken

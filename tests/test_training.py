@@ -513,7 +513,7 @@ def test_a_run_that_becomes_nan_stops_and_keeps_its_last_whole_checkpoint(tmp_pa
 
     one.create_optimizer()
     one.optimizer.register_step_post_hook(poison(1))
-    with pytest.raises(FloatingPointError, match="NaN|is nan at step"):
+    with pytest.raises(FloatingPointError, match=r"in_proj|query_proj holds NaN or infinity at step 2"):
         one.train()
     names = sorted(path.parent.name for path in tmp_path.glob("checkpoint-*/delta_mem.safetensors"))
     assert names == ["checkpoint-1"]

@@ -1,13 +1,13 @@
 """Where the projections are in each model family, and the hooks that couple a memory to them.
 
-The backbone is only hooked, never rewritten. Three hooks a layer, one pair on the causal LM:
+The backbone is only hooked, never rewritten. One pair of hooks on the causal LM, and in each layer:
 
 * causal LM, before: a cache that carries a memory (`generation.MemoryLayer`) starts a `MemoryCall`.
 * causal LM, after: the call's new states become the memory's.
 * attention, before: takes the call out of the keywords, reads and writes the layer's state, and lays
   the reading down for this thread.
 * each corrected projection, after: picks the reading up and adds its correction. The output projection
-  comes last and clears it away.
+  comes last and clears it away; where it is not corrected, a hook after attention does.
 
 A call travels as one extra keyword, which `transformers` hands on from the causal LM to every attention
 module: unlike a context variable it survives checkpointing, compilation and threads. Only the last step,
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedBackboneError
 from .memory import DeltaMemory, MemoryTrace, WritePlan, plan_writes
-from .state import MemoryState, OpenSegment, at_fixed_address
+from .state import MemoryState, OpenSegment
 
 CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 
@@ -42,7 +42,6 @@ _reading = _Reading()
 
 
 # ---- finding the projections -------------------------------------------------------------------
-
 
 View = Callable[[Tensor, int], Tensor]
 
@@ -235,7 +234,6 @@ class MemoryCall:
         # None once committed: what checkpointing's second forward leaves would only keep its graph alive.
         self.left: dict[int, tuple[Tensor, Tensor | None]] | None = {}
         self.inputs: dict[int, Tensor] | None = {} if keep_inputs else None
-        self.recorded = _is_recorded(memory.tokens_written)
         self.trace = trace
         self.gates: dict[int, Tensor] = {}
         self.corrections: dict[int, dict[str, Tensor]] = {}
@@ -244,8 +242,7 @@ class MemoryCall:
         """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
         plan = self._plan_on(hidden.device)
         if hidden.shape[1] == 1 and self.inputs is None and self.trace is None:
-            before = self.states[index], self.open_sums.get(index)
-            reads, *after = adapter.step(hidden, *before, plan, self.recorded)
+            reads, *after = adapter.step(hidden, self.states[index], self.open_sums.get(index), plan)
             self._leave(index, *after)
             return reads
         return self.advance(index, adapter, adapter.project(hidden))
@@ -305,16 +302,15 @@ class MemoryCall:
         if self.plan.read_only:
             return
         memory, segments = self.memory, self.plan.segments
-        renew = _overwritten if self.recorded else _replaced
-        memory.layers = {i: renew(state, left[i][0]) for i, state in memory.layers.items()}
-        memory.tokens_written = renew(memory.tokens_written, memory.tokens_written + self.plan.tokens)
+        layers = {index: left[index][0] for index in memory.layers}
+        tokens_written, open_segment = memory.tokens_written + self.plan.tokens, None
         if segments is not None:
-            before = memory.open_segment
-            memory.open_segment = OpenSegment(
-                {i: renew(total, left[i][1]) for i, total in before.sums.items()},
-                renew(before.count, segments.open_count),
-                renew(before.ids, segments.open_ids),
-            )
+            sums = {index: left[index][1] for index in memory.layers}
+            open_segment = OpenSegment(sums, segments.open_count, segments.open_ids)
+        if _is_recorded(tokens_written):
+            memory.overwrite(layers, tokens_written, open_segment)
+        else:
+            memory.replace(layers, tokens_written, open_segment)
 
     def _fill_trace(self) -> None:
         trace, plan = self.trace, self.plan
@@ -337,14 +333,6 @@ def _is_recorded(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _overwritten(old: Tensor, new: Tensor) -> Tensor:
-    return old if new is old else old.copy_(new)
-
-
-def _replaced(old: Tensor, new: Tensor) -> Tensor:
-    return at_fixed_address(new)
-
-
 def forget_reading() -> None:
     """After a forward, also one that failed inside an attention module: nobody may find its reading."""
     _reading.now = None
@@ -362,7 +350,9 @@ class LayerHooks:
         handles = [self.layer.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)]
         if self.adapter is not None:
             if "o" not in self.adapter.config.heads:  # else the hook on the output projection ends a reading
-                handles.append(self.layer.module.register_forward_hook(self.after_attention))
+                # Always: checkpointing ends a second forward by an exception.
+                after = self.layer.module.register_forward_hook(self.after_attention, always_call=True)
+                handles.append(after)
             by_path: dict[str, list[str]] = {}
             for head in self.adapter.config.heads:
                 by_path.setdefault(self.layer.slots[head].path, []).append(head)

@@ -158,15 +158,19 @@ def load_adapter(path: str | os.PathLike, **hub_kwargs: Any) -> Adapter:
     return _load_official(folder, values)
 
 
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of the weights that holds NaN or infinity, if one does."""
+    return next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
+
+
 def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
     """Writes an adapter folder in our format. Each file is replaced whole, the config last.
 
     Raises:
         ValueError: a weight holds NaN or infinity; it is named and nothing is written.
     """
-    for name, weight in adapter.weights.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"the adapter's weight {name} holds NaN or infinity; not saved.")
+    if (name := not_finite(adapter.weights)) is not None:
+        raise ValueError(f"the adapter's weight {name} holds NaN or infinity; not saved.")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     values = {

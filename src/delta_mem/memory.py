@@ -96,8 +96,8 @@ def plan_writes(
         keep_segment_open: the last segment goes on in the next call; bool [batch], or one bool for all.
     """
     if write is False:
-        nobody = torch.zeros((), dtype=torch.bool, device=memory.tokens_written.device)
-        return WritePlan(mask, read_only=True, writes=nobody.expand(shape))
+        nobody = torch.zeros(shape, dtype=torch.bool, device=memory.tokens_written.device)
+        return WritePlan(mask, read_only=True, writes=nobody)
     writes = None if write is True else write
     if memory.open_segment is None:
         given = [flags for flags in (mask, writes) if flags is not None]
@@ -241,29 +241,23 @@ class DeltaMemory(nn.Module):
         return reads.flatten(2), state, open_sum
 
     def step(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        open_sum: Tensor | None,
-        plan: WritePlan,
-        in_place: bool = False,
+        self, hidden: Tensor, state: Tensor, open_sum: Tensor | None, plan: WritePlan
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`project` and `advance` of one token: one kernel where there is one.
 
         Args:
             hidden: [batch, 1, hidden].
             state, open_sum, plan: as in `advance`.
-            in_place: `state` and `open_sum` may be changed, and be the new ones.
 
         Returns:
             As `advance`; the reads in hidden's dtype.
         """
         weights = self._weight("in_proj", hidden.dtype), self._weight("gate_bias", torch.float32)
         if plan.segments is None:
-            reads, after = ops.step(hidden, *weights, state, self.rule, plan.writes, plan.mask, in_place)
+            reads, after = ops.step(hidden, *weights, state, self.rule, plan.writes, plan.mask)
         else:
             reads, after, open_sum = ops.step_segments(
-                hidden, *weights, state, open_sum, self.rule, plan.segments, plan.mask, in_place
+                hidden, *weights, state, open_sum, self.rule, plan.segments, plan.mask
             )
         return reads.flatten(2), state if plan.read_only else after, open_sum
 

@@ -15,7 +15,7 @@ import datetime
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import safetensors
@@ -73,8 +73,7 @@ class MemoryState:
         self.layers = layers
         self.tokens_written = tokens_written
         self.open_segment = open_segment
-        for tensor in self._tensors():
-            at_fixed_address(tensor)
+        self._fix()
         self.adapter = adapter
         self.backbone = backbone
         self.created = created or _now()
@@ -165,6 +164,27 @@ class MemoryState:
         return self._map(lambda tensor: tensor.to(device, copy=True))
 
     # ---- changed in place ------------------------------------------------------------------------
+
+    def replace(
+        self, layers: dict[int, Tensor], tokens_written: Tensor, open_segment: OpenSegment | None
+    ) -> None:
+        """Takes over these tensors."""
+        self.layers, self.tokens_written, self.open_segment = layers, tokens_written, open_segment
+        self._fix()
+
+    def overwrite(
+        self, layers: dict[int, Tensor], tokens_written: Tensor, open_segment: OpenSegment | None
+    ) -> None:
+        """Takes over these tensors' values, in the tensors that are there: a recorded graph finds them."""
+        olds, news = list(self.layers.values()), [layers[index] for index in self.layers]
+        self.tokens_written.copy_(tokens_written)
+        if open_segment is not None:
+            own = self.open_segment
+            olds += own.sums.values()
+            news += [open_segment.sums[index] for index in own.sums]
+            own.count.copy_(open_segment.count)
+            own.ids.copy_(open_segment.ids)
+        torch._foreach_copy_(olds, news)
 
     def reset(self) -> None:
         """Forgets everything: back to zeros, in place."""
@@ -273,13 +293,19 @@ class MemoryState:
 
     # ---- helpers ---------------------------------------------------------------------------------
 
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from self.layers.values()
-        yield self.tokens_written
+    def _fix(self) -> None:
+        """Notes that the tensors stay where they are while the memory is in use.
+
+        Without it torch.compile records no CUDA graph of calls, which write to them. A memory at other
+        addresses is recorded anew, not compiled anew; torch keeps all recordings.
+        """
+        if self.tokens_written.device.type != "cuda" or torch.compiler.is_compiling():
+            return
+        tensors = [*self.layers.values(), self.tokens_written]
         if self.open_segment is not None:
-            yield from self.open_segment.sums.values()
-            yield self.open_segment.count
-            yield self.open_segment.ids
+            tensors += [*self.open_segment.sums.values(), self.open_segment.count, self.open_segment.ids]
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> MemoryState:
         return self.combine([self], lambda tensors: fn(tensors[0]))
@@ -320,17 +346,6 @@ class MemoryState:
             if state.device != theirs.device:
                 return f"layer {layer} is on {theirs.device}, not on {state.device}; use .to(device)."
         return None
-
-
-def at_fixed_address(tensor: Tensor) -> Tensor:
-    """The tensor itself, with the note that a memory's tensors stay where they are while it is in use.
-
-    Without it, CUDA graphs are not recorded for compiled calls, since they write to their inputs. Another
-    memory is recorded anew, not compiled anew.
-    """
-    if tensor.is_cuda and not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(tensor, guard=False)
-    return tensor
 
 
 def read_metadata(data: bytes) -> dict[str, str]:

@@ -61,8 +61,8 @@ DIFFERENTIABLE = {"triton": triton.advance}
 # Up to here the loop beats the fixed cost of the chunked backend.
 SHORT = 16
 
-# Rows up to which a correction is no matrix product of its own under torch.compile, as in decoding.
-FEW = 64
+# Numbers read by all rows, up to which a GPU's compiler makes a correction part of what comes next.
+SMALL_READS = 512
 
 
 def delta_rule(
@@ -212,7 +212,6 @@ def step(
     rule: Rule,
     writes: Tensor | None = None,
     mask: Tensor | None = None,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token from a layer's input on, as in decoding: project, activate, read, write.
 
@@ -220,13 +219,12 @@ def step(
         hidden: [batch, 1, size], any floating dtype.
         in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
         gate_bias, state, rule, writes, mask: as in `advance`.
-        in_place: the new state may take the place of the old one, and be the same tensor.
 
     Returns:
         The reads [batch, 1, states, rank] in hidden's dtype, and the state after the token.
     """
     if not _learns(hidden, in_proj, gate_bias, state):
-        results = triton.step(hidden, in_proj, gate_bias, state, rule, writes, mask, in_place)
+        results = triton.step(hidden, in_proj, gate_bias, state, rule, writes, mask)
         if results is None:
             results = cpu.step(hidden, in_proj, gate_bias, state, rule, writes, mask)
         if results is not None:
@@ -267,8 +265,8 @@ def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tens
         weight: [size, width], likewise.
         scale: a number.
     """
-    if torch.compiler.is_compiling() and x.shape[0] <= FEW:
-        # A product that a compiler makes part of what comes next: a norm, mostly.
+    if torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64 and x.numel() <= SMALL_READS:
+        # Not a matrix product but sums, which a compiler makes part of what comes next: a norm, mostly.
         products = _total(x.float().unsqueeze(1) * weight.float()).view(output.shape)
         return (output.float() + scale * products).to(output.dtype)
     if not triton.add_product(output, x, weight, scale):
@@ -333,7 +331,6 @@ def step_segments(
     rule: Rule,
     plan: SegmentPlan,
     mask: Tensor | None = None,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`step` under segment writes; the arguments are those of `step` and of `advance_segments`.
 
@@ -342,7 +339,7 @@ def step_segments(
     """
     if not _learns(hidden, in_proj, gate_bias, state, open_sum):
         arguments = hidden, in_proj, gate_bias, state, open_sum, rule, plan, mask
-        results = triton.step_segments(*arguments, in_place)
+        results = triton.step_segments(*arguments)
         if results is None:
             results = cpu.step_segments(*arguments)
         if results is not None:

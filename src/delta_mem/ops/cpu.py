@@ -8,9 +8,9 @@ vectors, and half of them take a thread as long as all.
 The backward pass computes the states again, from marks that the forward pass leaves every 64 tokens.
 
 For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments`
-take it from its projections to its reads, `add_product` does one token's small products. In decoding the
-processor's caches are full of the model's weights, and what costs is not arithmetic but to start an
-operation: several times what it takes when nothing else runs. So few calls, and few checks before them.
+take it from its projections to its reads, `step` and `step_segments` take one token from the layer's input
+on. In decoding the processor's caches are full of the model's weights, and what costs is not arithmetic but
+to start an operation: several times what it takes when nothing else runs. So few calls, few checks.
 
 The threads are Python's, in kernels that release the GIL. numba's own parallel loops would not do: the
 threads that it always has abort the process when two Python threads enter at once, and those of OpenMP
@@ -119,7 +119,7 @@ def advance_segments(
     tensors = (z, gate_bias, state, open_sum)
     if not usable(tensors, rule.rank) or not _fit(z, gate_bias, state, rule, plan.ends, mask):
         return None
-    parts = _segments(open_sum, plan, z.shape[2], rule)
+    parts = _segments(open_sum, plan, z.shape[:2], z.shape[2], rule)
     if parts is None:
         return None
     reads, final = _results(z, rule)
@@ -141,7 +141,7 @@ def step(
     one = _one_token("step", hidden, in_proj, gate_bias, state, rule, writes, mask)
     if one is None:
         return None
-    kernel, addresses, (reads, after), flags, sizes = one
+    kernel, addresses, (reads, after), flags, sizes, _ = one
     by_writes = (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
     kernel(*addresses, *by_writes, *flags, *sizes)
     return reads, after
@@ -158,11 +158,12 @@ def step_segments(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `delta_mem.ops.step_segments`; for few rows in float32, else None."""
-    one = _one_token("step_segments", hidden, in_proj, gate_bias, state, rule, None, mask)
-    parts = one and _segments(open_sum, plan, in_proj.shape[0], rule)
+    # The plan's ends are the flags of who writes.
+    one = _one_token("step_segments", hidden, in_proj, gate_bias, state, rule, plan.ends, mask)
+    parts = one and _segments(open_sum, plan, (len(hidden), 1), in_proj.shape[0], rule)
     if parts is None:
         return None
-    kernel, addresses, (reads, after), flags, sizes = one
+    kernel, addresses, (reads, after), flags, sizes, _ = one
     new_sum = torch.empty_like(open_sum)
     kernel(*addresses, *flags, *sizes, new_sum.data_ptr(), *parts)
     return reads, after, new_sum
@@ -246,7 +247,8 @@ def _one_token(
     """What the kernels of one token take; None for what they do not.
 
     Returns:
-        The kernel, its first eight arguments, the reads and the state after, the rule's flags, and sizes.
+        The kernel, its first arguments, the reads and the state after, the rule's flags, sizes; and room that
+        the kernel works in, to be kept until it has returned.
     """
     if (
         hidden.ndim != 3
@@ -267,12 +269,14 @@ def _one_token(
         or not (mask is None or _are_flags(mask, batch, 1))
     ):
         return None
+    z = hidden.new_empty(batch, features)
     reads, after = hidden.new_empty(batch, 1, states, rank), torch.empty_like(state)
     addresses = (
-        hidden.data_ptr(), in_proj.data_ptr(), gate_bias.data_ptr(), state.data_ptr(), reads.data_ptr(),
-        after.data_ptr(), 0 if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0),
+        hidden.data_ptr(), in_proj.data_ptr(), gate_bias.data_ptr(), state.data_ptr(),
+        z.data_ptr(), reads.data_ptr(), after.data_ptr(),
+        0 if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0),
     )  # fmt: skip
-    return kernel, addresses, (reads, after), flags, (batch, states, size)
+    return kernel, addresses, (reads, after), flags, (batch, states, size), z
 
 
 @functools.cache
@@ -281,12 +285,19 @@ def _known(name: str, rule: Rule) -> tuple:
     return _kernels().kernel(name, rule.rank), *_layout(rule)
 
 
-def _segments(open_sum: Tensor, plan: SegmentPlan, features: int, rule: Rule) -> tuple[int, ...] | None:
-    """The addresses of the open sums and of the plan; None if they are not as the kernels believe."""
+def _segments(
+    open_sum: Tensor, plan: SegmentPlan, shape: tuple[int, int], features: int, rule: Rule
+) -> tuple[int, ...] | None:
+    """The addresses of the open sums and of the plan of a call of `shape` (batch, tokens).
+
+    None if they are not as the kernels believe.
+    """
     parts = (open_sum, plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open)
     if (
-        open_sum.shape != (plan.index.shape[0], features - rule.num_states * rule.rank)
+        open_sum.shape != (shape[0], features - rule.num_states * rule.rank)
         or open_sum.dtype is not torch.float32
+        or not plan.index.shape == plan.member.shape == plan.ends.shape == shape
+        or not plan.closes.shape == plan.open_before.shape == plan.stays_open.shape == shape[:1]
         or not all(x.is_cpu and x.is_contiguous() for x in parts)
     ):
         return None

@@ -571,12 +571,11 @@ def _advance_segments(like, z, bias, state, mask, reads, final, segments, rule, 
 
 
 @njit(**OPTIONS)
-def _projected(like, hidden, weight, batch, features, size):
-    """z [batch, features], the products of hidden [batch, size] and weight [features, size], by addresses."""
-    z = np.empty(batch * features, np.float32)
+def _project(like, z, hidden, weight, batch, features, size):
+    """z [batch, features]: products of hidden [batch, size] and weight [features, size]; by addresses."""
     lanes = _rank(like)
     for row in range(batch):
-        x = _pointer(hidden, row * size, like)
+        x, y = _pointer(hidden, row * size, like), _pointer(z, row * features, like)
         for i in range(features):
             w = _pointer(weight, i * size, like)
             # Two sums, so that one addition need not wait for the other.
@@ -589,8 +588,7 @@ def _projected(like, hidden, weight, batch, features, size):
             total = _total(even + odd)
             for rest in range(j, size):
                 total += x[rest] * w[rest]
-            z[row * features + i] = total
-    return z
+            y[i] = total
 
 
 @njit(**OPTIONS)
@@ -736,7 +734,7 @@ def _make_advance_segments(rank, dtype):
 
 def _make_step(rank, dtype):
     def step(
-        hidden, weight, bias, state, reads, final,
+        hidden, weight, bias, state, z, reads, final,
         mask, by_mask, writes, by_writes,
         tied, per_row, update, batch, states, size,
     ):  # fmt: skip
@@ -744,6 +742,7 @@ def _make_step(rank, dtype):
 
         Args:
             hidden, weight, bias, state, reads, final: addresses of contiguous tensors.
+            z: address of room for the projections.
             mask, writes: addresses of bytes, 0 if none are given; each with its stride from row to row.
             tied, per_row, update: as in `advance`.
             size: numbers in a row of `hidden` and of `weight`.
@@ -751,18 +750,18 @@ def _make_step(rank, dtype):
         like = _zeros(rank, dtype)
         gates = states * rank if per_row else states
         features = 3 * states * rank + (gates if tied else 2 * gates)
-        z = _projected(like, hidden, weight, batch, features, size)
-        z_, reads_, state_, final_ = _row_views(z.ctypes.data, reads, state, final, states, features, rank)
+        _project(like, z, hidden, weight, batch, features, size)
+        z_, reads_, state_, final_ = _row_views(z, reads, state, final, states, features, rank)
         mask_, writes_ = (mask, by_mask, 0), (writes, by_writes, 0)
         rule, sizes = (tied, per_row, update), (states, 1, 0, batch * states)
         _advance(like, z_, bias, state_, mask_, reads_, final_, writes_, rule, sizes)
 
-    return step, (_INT,) * 16
+    return step, (_INT,) * 17
 
 
 def _make_step_segments(rank, dtype):
     def step_segments(
-        hidden, weight, bias, state, reads, final,
+        hidden, weight, bias, state, z, reads, final,
         mask, by_mask,
         tied, per_row, update, batch, states, size,
         new_sum, open_sum, index, member, ends, closes, open_before, stays_open,
@@ -771,13 +770,13 @@ def _make_step_segments(rank, dtype):
         like = _zeros(rank, dtype)
         gates = states * rank if per_row else states
         features = 3 * states * rank + (gates if tied else 2 * gates)
-        z = _projected(like, hidden, weight, batch, features, size)
-        z_, reads_, state_, final_ = _row_views(z.ctypes.data, reads, state, final, states, features, rank)
+        _project(like, z, hidden, weight, batch, features, size)
+        z_, reads_, state_, final_ = _row_views(z, reads, state, final, states, features, rank)
         segments = (new_sum, open_sum, index, member, ends, closes, open_before, stays_open)
         rule, sizes = (tied, per_row, update), (states, 1, 0, batch * states)
         _advance_segments(like, z_, bias, state_, (mask, by_mask, 0), reads_, final_, segments, rule, sizes)
 
-    return step_segments, (_INT,) * 22
+    return step_segments, (_INT,) * 23
 
 
 def _make_plan_segments(_, dtype):

@@ -102,18 +102,15 @@ def step(
     rule: Rule,
     writes: Tensor | None,
     mask: Tensor | None,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """See `delta_mem.ops.step`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
     if not _runs_on(hidden):
         return None
     tensors = hidden, in_proj, gate_bias, state, writes, mask
     if torch.compiler.is_compiling() or _watched():
-        if not _step_fits(tensors, rule):
-            return None
-        if in_place:
-            return torch.ops.delta_mem.step_in_place(*tensors[:4], *rule, writes, mask), state
-        return torch.ops.delta_mem.step(*tensors[:4], *rule, writes, mask)
+        if _step_fits(tensors, rule):
+            return torch.ops.delta_mem.step(*tensors[:4], *rule, writes, mask)
+        return None
     if _transformed():
         return None
     # Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
@@ -130,7 +127,7 @@ def step(
     launch = _steps.get(key)
     if launch is None:
         launch = _steps[key] = _step_fits(tensors, rule) and _Step(kernels.step, 1, tensors, rule)
-    return launch(tensors, in_place) if launch else None
+    return launch(*tensors) if launch else None
 
 
 _steps: dict[tuple, "_Step | bool"] = {}
@@ -145,7 +142,6 @@ def step_segments(
     rule: Rule,
     plan: SegmentPlan,
     mask: Tensor | None,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `delta_mem.ops.step_segments`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
     if not _runs_on(hidden):
@@ -154,10 +150,7 @@ def step_segments(
     tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
     if torch.compiler.is_compiling() or _watched():
         if _step_segments_fits(tensors, rule):
-            arguments = *tensors[:5], planned, *rule, mask
-            if in_place:
-                return torch.ops.delta_mem.step_segments_in_place(*arguments), state, open_sum
-            return torch.ops.delta_mem.step_segments(*arguments)
+            return torch.ops.delta_mem.step_segments(*tensors[:5], planned, *rule, mask)
         return None
     if _transformed():
         return None
@@ -166,7 +159,7 @@ def step_segments(
     if launch is None:
         fits = _step_segments_fits(tensors, rule)
         launch = _steps[key] = fits and _Step(kernels.step_segments, 2, tensors, rule)
-    return launch(tensors, in_place) if launch else None
+    return launch(*tensors) if launch else None
 
 
 def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> bool:
@@ -488,17 +481,12 @@ class _Step:
         results = hidden, *tensors[self.carried]  # of the same dtypes
         self.kernel = _kernel(kernel, (*tensors, *results), constants, {"num_warps": 8 if alone else 16})
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], in_place: bool = False) -> tuple[Tensor, ...]:
-        """The reads of one token, and the new values; with `in_place`, where the old ones were."""
+    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The reads of one token, and the new values."""
         given = [x if x is None else x.contiguous() for x in tensors]
         reads = given[0].new_empty(*self.reads)
-        after = given[self.carried] if in_place else [torch.empty_like(x) for x in given[self.carried]]
+        after = [torch.empty_like(x) for x in given[self.carried]]
         self.kernel(self.grid, (*given, reads, *after))
-        if in_place:
-            for old, new in zip(tensors[self.carried], after, strict=True):
-                if new is not old:  # it was not contiguous
-                    old.copy_(new)
-            return reads, *tensors[self.carried]
         return reads, *after
 
 
@@ -704,31 +692,13 @@ def _step(
 ):
     tensors = hidden, in_proj, gate_bias, state, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step, 1, tensors, rule)(tensors)
-
-
-# Written as operators that change their inputs, for a compiler that would else copy every state once a token.
-@_operator(
-    f"step_in_place(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor(a!) state, {_RULE}) -> Tensor",
-    lambda hidden, in_proj, gate_bias, state, *_: hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
-)
-def _step_in_place(
-    hidden, in_proj, gate_bias, state, num_states, rank, update, tied_gates, per_row_gates, writes, mask
-):
-    tensors = hidden, in_proj, gate_bias, state, writes, mask
-    rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step, 1, tensors, rule)(tensors, in_place=True)[0]
-
-
-_SEGMENTS = (
-    "Tensor[] planned, int num_states, int rank, str update, bool tied_gates, bool per_row_gates, "
-    "Tensor? mask"
-)
+    return _Step(kernels.step, 1, tensors, rule)(*tensors)
 
 
 @_operator(
     "step_segments(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor state, Tensor open_sum, "
-    f"{_SEGMENTS}) -> (Tensor, Tensor, Tensor)",
+    "Tensor[] planned, int num_states, int rank, str update, bool tied_gates, bool per_row_gates, "
+    "Tensor? mask) -> (Tensor, Tensor, Tensor)",
     lambda hidden, in_proj, gate_bias, state, open_sum, *_: (
         hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
         torch.empty_like(state),
@@ -741,21 +711,7 @@ def _step_segments(
 ):  # fmt: skip
     tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step_segments, 2, tensors, rule)(tensors)
-
-
-@_operator(
-    "step_segments_in_place(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor(a!) state, "
-    f"Tensor(b!) open_sum, {_SEGMENTS}) -> Tensor",
-    lambda hidden, in_proj, gate_bias, state, *_: hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
-)
-def _step_segments_in_place(
-    hidden, in_proj, gate_bias, state, open_sum, planned,
-    num_states, rank, update, tied_gates, per_row_gates, mask,
-):  # fmt: skip
-    tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
-    rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step_segments, 2, tensors, rule)(tensors, in_place=True)[0]
+    return _Step(kernels.step_segments, 2, tensors, rule)(*tensors)
 
 
 def _transformed() -> bool:

@@ -746,7 +746,7 @@ def step(
         hidden: [batch, SIZE].
         in_proj: [features, SIZE], the layer's projections, laid out as `Rule.sections`.
         gate_bias: see `activation.activate`.
-        before, after: the state [batch, STATES, RANK, RANK]; may be the same.
+        before, after: the state [batch, STATES, RANK, RANK].
         writes, mask: bool [batch], or None.
         reads: [batch, STATES, RANK].
         SLICE: numbers of SIZE in a tile.
@@ -779,7 +779,6 @@ def step(
     s = tl.load(before + at_state, mask=whole, other=0.0)
     read = tl.where(seen, tl.sum(s * _direction(query, 0)[None, :], axis=1), 0.0)
     new = _written(s, key, value, beta, decay, gate_bias, gate, gates, rows, UPDATE, TIED)
-    tl.debug_barrier()  # all warps have loaded what may be overwritten now
     tl.store(after + at_state, tl.where(written[:, None], new, s), mask=whole)
     tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=rows)
 
@@ -813,8 +812,7 @@ def step_segments(
     """`step` where the mean of each segment is written at its end. Grid: (STATES, batch).
 
     Args:
-        before, after: the state [batch, STATES, RANK, RANK]; may be the same.
-        open_before, open_after: sums of the open segments [batch, features - STATES * RANK]; likewise.
+        open_before, open_after: sums of the open segments [batch, features - STATES * RANK].
         index, member, ends, closes, counts_before, stays_open: [batch], of the `segments.SegmentPlan`, where
             `counts_before` is called `open_before`.
     """
@@ -867,7 +865,6 @@ def step_segments(
     decay = tl.where(goes_on, decay, 0.0) + tl.where(joins, decay_t, 0.0)
     n = tl.maximum(tl.where(goes_on, count, 0.0) + tl.where(joins, 1.0, 0.0), 1.0)
     ended = _written(s, key / n, value / n, beta / n, decay / n, gate_bias, gate, gates, inside, UPDATE, TIED)
-    tl.debug_barrier()  # all warps have loaded what may be overwritten now
     tl.store(after + at_state, tl.where(tl.load(ends + row) != 0, ended, s), mask=whole)
     tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=inside)
 

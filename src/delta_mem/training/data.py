@@ -258,21 +258,16 @@ def _encode_question(
 ) -> tuple[list[int], list[int], list[int]]:
     """Query tokens and their segments; and answer tokens, at most `limit` with the query's."""
     prompt = _render(tokenizer, question.query)
-    query = _tokens(tokenizer, prompt)
+    asked = encode_messages(tokenizer, question.query, write, add_generation_prompt=True)
+    query, segments = asked.input_ids.tolist(), asked.segment_ids.tolist()
     message = {"role": "assistant", "content": question.answer}
-    encoded = encode_messages(tokenizer, [*question.query, message], write)
-    ids, segments, owners = (column.tolist() for column in encoded)
+    ids, _, owners = (column.tolist() for column in encode_messages(tokenizer, [*question.query, message]))
     content = [i for i, owner in enumerate(owners) if owner == len(question.query)]
     if not content:
         raise ValueError("the chat template leaves nothing of the answer")
     # Where the template does not go on from its own header (it drops the thinking that the header asks for),
     # the answer is the content alone.
-    goes_on = ids[: len(query)] == query
-    first = len(query) if goes_on else content[0]
-    if not goes_on:
-        segments = encode_messages(tokenizer, question.query, write, add_generation_prompt=True).segment_ids
-        segments = segments.tolist()
-    segments = segments[: len(query)]
+    first = len(query) if ids[: len(query)] == query else content[0]
     special = {*tokenizer.all_special_ids, *_special_ids(tokenizer)}
     end = next((i + 1 for i in range(content[-1] + 1, len(ids)) if ids[i] in special), len(ids))
     answer = ids[first:end]
@@ -610,7 +605,7 @@ class EpisodeCollator:
             `write_ids`, `write_mask`, `write_segments` [B, tokens]: the histories; padding has segment -1.
             `read_ids`, `read_mask`, `labels` [N, tokens]: query and answer; labels -100 but on the answer.
             `read_segments` [N, tokens]: theirs, as in the histories; an answer is a segment of its own. Only
-            if the episodes have `query_segments`.
+            if all episodes have `query_segments`.
             `read_rows` [N]: the episode that a question belongs to.
             `context_ids`, `context_mask`, `context_labels` [N, tokens]: the same answers after history and
             query, if the episodes have `context_ids`.
@@ -626,7 +621,7 @@ class EpisodeCollator:
         batch |= zip(("read_ids", "read_mask", "labels"), self._answered(prompts, answers), strict=True)
         rows = [row for row, episode in enumerate(episodes) for _ in episode["query_ids"]]
         batch["read_rows"] = torch.tensor(rows, dtype=torch.int64)
-        if "query_segments" in episodes[0]:
+        if all(episode.get("query_segments") is not None for episode in episodes):
             segments = [one for episode in episodes for one in episode["query_segments"]]
             batch["read_segments"] = _pad(
                 [

@@ -1,7 +1,8 @@
 """What an adapter is trained for: to answer from memory what was in a history that is gone.
 
 An episode is a history and questions about it. The history is written, without keeping a KV cache; then
-each question and its answer are read with writing off, and the answer is scored. The loss of an episode is
+each question and its answer are read, with writing off but for `write_questions`, and the answer is scored.
+The loss of an episode is
 
     (1 - w_d) CE + w_d KL + w_s * mean over layers of (mean write gate - target)^2
 
@@ -135,15 +136,15 @@ class EpisodeObjective:
         Returns:
             Float32 [B] each: "tokens", the number of answer tokens; and, times that number, "loss",
             "answer_loss" (cross-entropy), "answer_accuracy", "distill_loss" (if it has a weight), "gate"
-            (mean over layers and written tokens), "sparsity_loss", "state_norm" (Frobenius, mean over
-            layers) and "correction" (relative size while reading, mean over layers and heads).
+            (mean over layers and written tokens of the history), "sparsity_loss", "state_norm" (Frobenius,
+            mean over layers) and "correction" (relative size while reading, mean over layers and heads).
 
         Raises:
             ValueError: the batch has no context, or no segments of questions, and needs them.
         """
         if self.needs_context and "context_ids" not in batch:
             raise ValueError("distill_weight and show_history need episodes encoded with with_context=True.")
-        if self.write_questions and "read_segments" not in batch:
+        if model.training and self.write_questions and "read_segments" not in batch:
             raise ValueError("write_questions needs episodes with query_segments.")
         rows, device = len(batch["write_ids"]), batch["labels"].device
 

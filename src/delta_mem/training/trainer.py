@@ -270,7 +270,7 @@ class MemoryTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
         Raises:
-            FloatingPointError: the loss is NaN or infinite: whatever is trained from here on is lost.
+            FloatingPointError: the loss is not finite, and the weights are not: training is of no use.
         """
         if "loss" in logs and self._sums is not None:
             means = _means(self._names, self.accelerator.reduce(self._sums, "sum"))
@@ -278,8 +278,12 @@ class MemoryTrainer(Trainer):
             self._sums = None
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0)):
+            self._check_weights()
+
+    def _check_weights(self) -> None:
+        if (name := checkpoint.not_finite(self.memory_model.named_weights())) is not None:
             raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}; go on from the last "
+                f"{name} holds NaN or infinity at step {self.state.global_step}; go on from the last "
                 "checkpoint, with a lower learning rate or in float32."
             )
 
@@ -345,10 +349,8 @@ class MemoryTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        try:
-            self.memory_model.save_pretrained(folder)
-        except ValueError as error:
-            raise FloatingPointError(str(error)) from None
+        self._check_weights()
+        self.memory_model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
