@@ -5,8 +5,8 @@
     adapters    one memory each for TSW, SSW and MSW, trained to answer with the history gone
 
 The conversations are those of `delta_mem.evaluation.tasks.recall`, training split, made on the fly, none
-twice. The shipped model is `--size gpu`, of no use on a CPU: minutes for the backbone, a quarter of an hour for
-an adapter. `--size cpu` is smaller. An interrupted run goes on with the same command.
+twice. The shipped model is `--size gpu`, of no use on a CPU: minutes for the backbone, some fifteen
+for an adapter. `--size cpu` is smaller. An interrupted run goes on with the same command.
 
     python recipes/offline_model.py --size gpu --output build/offline
     python benchmarks/recall.py build/offline           # what it has learned
