@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -49,6 +50,18 @@ def test_gradients_across_the_marks(n):
 def test_gradcheck(n, rank):
     values = [x.requires_grad_() for x in example(n, states=2, rank=rank, dtype=torch.float64).values()]
     assert torch.autograd.gradcheck(lambda *x: delta_rule(*x, backend="cpu"), values, fast_mode=True)
+
+
+def test_gradients_that_have_decayed_are_zero_and_not_denormal():
+    # Half of the state is forgotten at every token, and only the last one is read.
+    q, k, v = (nn.functional.normalize(torch.randn(1, 1000, 1, 8), dim=-1) for _ in range(3))
+    half = torch.full_like(v, 0.5)
+    v.requires_grad_()
+    reads, _ = delta_rule(q, k, v, half, torch.zeros_like(half), half, backend="cpu")
+    (grad,) = torch.autograd.grad(reads[:, -1].sum(), v)
+    size = grad.abs()
+    assert size[0, -2].max() > 1e-3 and size[0, 0].max() == 0
+    assert not ((size > 0) & (size < torch.finfo(torch.float32).tiny)).any()
 
 
 def test_a_second_derivative_is_refused():
