@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import delta_mem as dm
+from delta_mem import checkpoint
 from delta_mem.cli import eval as command
 from delta_mem.cli.app import app
 from delta_mem.evaluation import report
@@ -125,6 +126,16 @@ def test_several_adapters_and_tasks(line, tmp_path):
     rows = results(tmp_path / "run")
     names = ["delta[tsw]", "delta[ssw]", "delta[tsw]+window", "delta[ssw]+window"]
     assert [(row["task"], row["system"]) for row in rows] == [(task, name) for task in two for name in names]
+
+
+def test_an_adapter_in_the_authors_format_answers_the_same(line, files, tmp_path):
+    checkpoint.save_official(checkpoint.load_adapter(files / "tsw"), files / "official")
+    options = ("--limit", 6, "--systems", "delta")
+    done(line(*options, name="ours"))
+    done(line(*options, name="theirs", adapters=("official",)))
+    ours, theirs = predictions(tmp_path / "ours"), predictions(tmp_path / "theirs")
+    assert [one["prediction"] for one in ours.values()] == [one["prediction"] for one in theirs.values()]
+    assert len(ours) == 6
 
 
 def offline(tmp_path, *options):
