@@ -384,11 +384,7 @@ class LayerHooks:
         _reading.now = None
 
     def after_projection(
-        self,
-        views: dict[str, Callable[[Tensor, int], Tensor]],
-        module: nn.Module,
-        args: tuple,
-        output: Tensor,
+        self, views: dict[str, View], module: nn.Module, args: tuple, output: Tensor
     ) -> Tensor:
         """Corrects the heads of one projection, whose outputs `views` pick."""
         now = _reading.now
