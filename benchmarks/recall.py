@@ -32,7 +32,7 @@ from delta_mem.evaluation.scoring import confidence_interval
 from delta_mem.evaluation.systems import FullContext, Memory, NoContext
 from delta_mem.evaluation.tasks.recall import ask, conversation, held_out
 from delta_mem.offline import ADAPTERS, FOLDER
-from delta_mem.segments import encode_messages
+from delta_mem.segments import encode_messages, writing
 
 CELLS = {
     "1 fact": {"facts": 1},
@@ -98,8 +98,10 @@ def perplexity(model: Any, tokenizer: Any, write: bool | None = None) -> float:
         ids, segments = (x.unsqueeze(0).to(model.device) for x in (encoded.input_ids, encoded.segment_ids))
         options = {}
         if write is not None:
-            by_token = model.delta_config.write == "token"
-            options = {"segment_ids": segments, "write": segments >= 0 if write and by_token else write}
+            options = {
+                "segment_ids": segments,
+                "write": write and writing(segments, model.delta_config.write),
+            }
         logits = model(ids, use_cache=False, **options).logits[0, :-1]
         total += float(F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum"))
         tokens += ids.shape[1] - 1

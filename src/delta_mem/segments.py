@@ -159,6 +159,15 @@ def encode_messages(
     return _encode(tokenizer, text, spans)
 
 
+def writing(segment_ids: torch.Tensor, write: Write) -> torch.Tensor:
+    """Which tokens are to take part in a write: bool, like `segment_ids`.
+
+    Template glue is nobody's words, and system prompts are not written. Under segment writes they take part
+    all the same: their id, -1, is not written, and ends the segment before.
+    """
+    return segment_ids >= 0 if write == "token" else torch.ones_like(segment_ids, dtype=torch.bool)
+
+
 def _check_write(write) -> None:
     if write not in get_args(Write):
         raise ValueError(f"write must be one of {', '.join(get_args(Write))}, not {write!r}")

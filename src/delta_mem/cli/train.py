@@ -104,6 +104,11 @@ def _option(*names: str, help: str, metavar: str | None = None, **settings: Any)
     return typer.Option(*names, help=help, metavar=metavar, **settings)
 
 
+def _share(help: str, metavar: str) -> Any:
+    """An option between 0 and 1."""
+    return _option(help=help, metavar=metavar, min=0, max=1, show_default=True)
+
+
 def _field_help(name: str) -> str:
     (field,) = (field for field in dataclasses.fields(DeltaMemConfig) if field.name == name)
     return field.metadata["help"]
@@ -206,48 +211,24 @@ def train(
         float,
         _option(help="Weight of the pull on the mean write gate.", metavar="W", min=0, show_default=True),
     ] = 0.01,
-    sparsity_target: Annotated[
-        float, _option(help="Mean write gate that it pulls to.", metavar="G", min=0, max=1, show_default=True)
-    ] = 0.05,
+    sparsity_target: Annotated[float, _share("Mean write gate that it pulls to.", "G")] = 0.05,
     distill_weight: Annotated[
         float,
-        _option(
-            help="Share of the divergence from the backbone that sees the history; the rest: cross-entropy.",
-            metavar="W",
-            min=0,
-            max=1,
-            show_default=True,
+        _share(
+            "Share of the divergence from the backbone that sees the history; the rest: cross-entropy.", "W"
         ),
     ] = 0.0,
     show_history: Annotated[
         float,
-        _option(
-            help="Probability that a batch's questions are read with the history in the context too.",
-            metavar="P",
-            min=0,
-            max=1,
-            show_default=True,
-        ),
+        _share("Probability that a batch's questions are read with the history in the context too.", "P"),
     ] = 0.0,
     clear_memory: Annotated[
         float,
-        _option(
-            help="Probability that the memory is cleared where the history is shown.",
-            metavar="P",
-            min=0,
-            max=1,
-            show_default=True,
-        ),
+        _share("Probability that the memory is cleared where the history is shown.", "P"),
     ] = 0.0,
     write_questions: Annotated[
         float,
-        _option(
-            help="Probability that a batch's questions are written while they are read, as in a chat.",
-            metavar="P",
-            min=0,
-            max=1,
-            show_default=True,
-        ),
+        _share("Probability that a batch's questions are written while they are read, as in a chat.", "P"),
     ] = 0.0,
     write_chunk: Annotated[
         int | None,

@@ -609,15 +609,19 @@ def _project(like, z, hidden, weight, batch, features, size):
 
 
 @njit(**OPTIONS)
-def _row_views(z, reads, state, final, states, features, rank):
-    """Addresses and strides, as `_advance` takes them, of contiguous tensors of one token."""
-    square = rank * rank
-    by_state = (states * square, square, rank, 1)
+def _one_token(like, hidden, weight, state, z, reads, final, tied, per_row, batch, states, size):
+    """Projects one token a row; z, state, reads, final and sizes as `_advance` takes them."""
+    rank = _rank(like)
+    gates = states * rank if per_row else states
+    features = 3 * states * rank + (gates if tied else 2 * gates)
+    _project(like, z, hidden, weight, batch, features, size)
+    by_state = (states * rank * rank, rank * rank, rank, 1)
     return (
         (z, features, features),
-        (reads, states * rank, states * rank, rank, 1),
         (state, *by_state),
+        (reads, states * rank, states * rank, rank, 1),
         (final, *by_state),
+        (states, 1, 0, batch * states),
     )
 
 
@@ -746,7 +750,7 @@ def _make_advance_segments(rank, dtype):
     return advance_segments, (*_ADVANCE, types.UniTuple(_INT, 8), _RULE, _SIZES)
 
 
-# Flat, not in tuples: to unpack those takes longer than the kernel.
+# The arguments of one token's kernels are flat: to unpack tuples takes longer than such a kernel.
 
 
 def _make_step(rank, dtype):
@@ -765,12 +769,10 @@ def _make_step(rank, dtype):
             size: numbers in a row of `hidden` and of `weight`.
         """
         like = _zeros(rank, dtype)
-        gates = states * rank if per_row else states
-        features = 3 * states * rank + (gates if tied else 2 * gates)
-        _project(like, z, hidden, weight, batch, features, size)
-        z_, reads_, state_, final_ = _row_views(z, reads, state, final, states, features, rank)
-        mask_, writes_ = (mask, by_mask, 0), (writes, by_writes, 0)
-        rule, sizes = (tied, per_row, update), (states, 1, 0, batch * states)
+        z_, state_, reads_, final_, sizes = _one_token(
+            like, hidden, weight, state, z, reads, final, tied, per_row, batch, states, size
+        )
+        mask_, writes_, rule = (mask, by_mask, 0), (writes, by_writes, 0), (tied, per_row, update)
         _advance(like, z_, bias, state_, mask_, reads_, final_, writes_, rule, sizes)
 
     return step, (_INT,) * 17
@@ -785,13 +787,12 @@ def _make_step_segments(rank, dtype):
     ):  # fmt: skip
         """As `step`; what is written is the segments' means, as in `advance_segments`."""
         like = _zeros(rank, dtype)
-        gates = states * rank if per_row else states
-        features = 3 * states * rank + (gates if tied else 2 * gates)
-        _project(like, z, hidden, weight, batch, features, size)
-        z_, reads_, state_, final_ = _row_views(z, reads, state, final, states, features, rank)
+        z_, state_, reads_, final_, sizes = _one_token(
+            like, hidden, weight, state, z, reads, final, tied, per_row, batch, states, size
+        )
         segments = (new_sum, open_sum, index, member, ends, closes, open_before, stays_open)
-        rule, sizes = (tied, per_row, update), (states, 1, 0, batch * states)
-        _advance_segments(like, z_, bias, state_, (mask, by_mask, 0), reads_, final_, segments, rule, sizes)
+        mask_, rule = (mask, by_mask, 0), (tied, per_row, update)
+        _advance_segments(like, z_, bias, state_, mask_, reads_, final_, segments, rule, sizes)
 
     return step_segments, (_INT,) * 23
 

@@ -257,7 +257,6 @@ def _encode_question(
     tokenizer: Any, question: Question, write: Write, limit: int
 ) -> tuple[list[int], list[int], list[int]]:
     """Query tokens and their segments; and answer tokens, at most `limit` with the query's."""
-    prompt = _render(tokenizer, question.query)
     asked = encode_messages(tokenizer, question.query, write, add_generation_prompt=True)
     query, segments = asked.input_ids.tolist(), asked.segment_ids.tolist()
     message = {"role": "assistant", "content": question.answer}
@@ -272,7 +271,7 @@ def _encode_question(
     end = next((i + 1 for i in range(content[-1] + 1, len(ids)) if ids[i] in special), len(ids))
     answer = ids[first:end]
     if len(query) + len(answer) > limit:
-        header = _header(tokenizer, question.query, prompt)
+        header = _header(tokenizer, question.query)
         if header >= limit:
             raise ValueError(f"a limit of {limit} tokens leaves no room for an answer")
         kept = max(header, limit - len(answer), 1)
@@ -281,8 +280,9 @@ def _encode_question(
     return query, segments, answer
 
 
-def _header(tokenizer: Any, query: list[dict[str, Any]], prompt: str) -> int:
-    """Tokens at the end of `prompt` that say that the answer comes."""
+def _header(tokenizer: Any, query: list[dict[str, Any]]) -> int:
+    """Tokens at the end of a rendered query that say that the answer comes."""
+    prompt = _render(tokenizer, query)
     asked = _render(tokenizer, query, add_generation_prompt=False)
     return len(_tokens(tokenizer, prompt[len(asked) :])) if prompt.startswith(asked) else 0
 

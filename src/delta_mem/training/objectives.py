@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..memory import MemoryTrace
 from ..model import DeltaMemModel
+from ..segments import writing
 from ..state import MemoryState
 
 
@@ -203,7 +204,7 @@ class EpisodeObjective:
                 F.pad(x, (0, 1), value=v) for x, v in ((ids, 0), (mask, False), (segments, -1))
             )
         token_writes = model.delta_config.write == "token"
-        writes = _writes(model, mask, segments)
+        writes = mask & writing(segments, model.delta_config.write)
         # A segment that goes on behind a chunk's end stays open until it ends.
         goes_on = mask[:, :-1] & mask[:, 1:] & (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] >= 0)
         goes_on = F.pad(goes_on, (0, 1))
@@ -230,11 +231,6 @@ class EpisodeObjective:
         return memory, [
             torch.stack(layer).sum(0) / count.to(layer[0].device) for layer in zip(*sums, strict=True)
         ]
-
-
-def _writes(model: DeltaMemModel, mask: Tensor, segments: Tensor) -> Tensor:
-    """bool [batch, tokens]: the tokens that write. Under segment writes glue takes part, to end segments."""
-    return mask & (segments >= 0) if model.delta_config.write == "token" else mask
 
 
 def _write_chunk(
@@ -277,7 +273,7 @@ def _answer_logits(
     ids, mask, labels = (x.gather(1, turned) for x in (ids, mask, labels))
     if options.get("write"):
         segments = batch["read_segments"].gather(1, turned)
-        options |= {"segment_ids": segments, "write": _writes(model, mask.bool(), segments)}
+        options |= {"segment_ids": segments, "write": writing(segments, model.delta_config.write)}
     output = model(
         ids,
         mask,

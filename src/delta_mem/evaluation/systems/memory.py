@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 
-from ...segments import Encoded, encode_messages
+from ...segments import Encoded, encode_messages, writing
 from ...state import MemoryState
 from .base import Message, System, in_turns
 from .context import Context, NoContext
@@ -50,13 +50,11 @@ class Memory(System):
     @torch.no_grad()
     def store(self, history: Sequence[Message]) -> tuple[MemoryState, Any]:
         memory = self.model.new_memory()
-        token_writes = self.model.delta_config.write == "token"
         for chunk, goes_on in self._chunks(history):
             ids, segments = (
                 x.unsqueeze(0).to(self.model.device) for x in (chunk.input_ids, chunk.segment_ids)
             )
-            # Template glue is nobody's words. Under segment writes it must be there, to end segments.
-            write = segments >= 0 if token_writes else True
+            write = writing(segments, self.model.delta_config.write)
             self.model.write(memory, ids, None, segments, keep_segment_open=goes_on, write=write)
         return memory, self.context.store(history)
 
