@@ -391,57 +391,96 @@ def one_token(rule, batch=3, size=37, seed=0):
     return hidden, torch.randn(sum(rule.sections.values()), size, generator=random) / 3, bias, state
 
 
+SCALE = 1.5
+
+
+def heads(rule, batch, sizes=(11, 6)):
+    """deltas, and what the first head's projection gave."""
+    random = torch.Generator().manual_seed(9)
+    deltas = tuple(torch.randn(n, rule.num_states * rule.rank, generator=random) for n in sizes)
+    return deltas, torch.randn(batch, 1, sizes[0], generator=random)
+
+
+def check_step(step, deltas, output, expected):
+    """`step(output)` corrects by the expected reads and leaves the expected states, in place or not."""
+    reads, *after = expected
+    corrections = [SCALE * reads.flatten(2) @ delta.T for delta in deltas]
+    got, *states = step(None)
+    torch.testing.assert_close([got, states], [corrections, after], atol=2e-5, rtol=1e-5)
+    corrected = output.clone()
+    (none, *got), *states = step(corrected)
+    assert none is None
+    torch.testing.assert_close([got, states], [corrections[1:], after], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(corrected, output + corrections[0], atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=rule_id)
 @pytest.mark.parametrize("given", ("neither", "writes", "mask", "both"))
 def test_step_equals_parts(rule, given):
     hidden, in_proj, bias, state = one_token(rule)
+    deltas, output = heads(rule, 3)
     writes = torch.tensor([[True], [False], [True]]) if given in ("writes", "both") else None
     mask = torch.tensor([[True], [True], [False]]) if given in ("mask", "both") else None
-    fused = cpu.step(hidden, in_proj, bias, state, rule, writes, mask)
+    fixed = hidden, in_proj, bias, deltas, SCALE, state, rule
     expected = in_parts(hidden @ in_proj.T, bias, state, rule, writes, mask)
-    torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
+    check_step(lambda output: cpu.step(*fixed, writes, mask, output), deltas, output, expected)
     nobody = torch.zeros((), dtype=torch.bool).expand(3, 1)
-    assert torch.equal(cpu.step(hidden, in_proj, bias, state, rule, nobody, None)[1], state)
+    assert torch.equal(cpu.step(*fixed, nobody, None, None)[1], state)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_id)
 def test_step_of_segments_equals_parts(rule):
     hidden, in_proj, bias, state = one_token(rule, batch=4)
+    deltas, output = heads(rule, 4, sizes=(3, 4, 5, 6))
     z = hidden @ in_proj.T
     for seed in range(5):
         given = [part[:4] for part in stream(seed, tokens=1)]
         plan, present = segments.plan(*given), given[2]
         open_sum = torch.randn(4, z.shape[2] - rule.num_states * rule.rank) * (given[3][:, None] > 0)
-        fused = cpu.step_segments(hidden, in_proj, bias, state, open_sum, rule, plan, present)
+        fixed = hidden, in_proj, bias, deltas, SCALE, state, open_sum, rule, plan, present
         expected = cpu.advance_segments(z, bias, state, open_sum, rule, plan, present)
-        torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
+        check_step(lambda output, fixed=fixed: cpu.step_segments(*fixed, output), deltas, output, expected)
 
 
 def test_steps_leave_to_others_what_is_not_as_it_should_be():
     rule = Rule(1, 8)
     hidden, in_proj, bias, state = one_token(rule)
+    deltas, output = heads(rule, 3)
     ones = torch.ones(3, 1, dtype=torch.bool)
-    assert cpu.step(hidden, in_proj, bias, state, rule, ones, ones) is not None
+
+    def step(hidden, in_proj, bias, state, writes=None, mask=None, deltas=deltas, output=None):
+        return cpu.step(hidden, in_proj, bias, deltas, SCALE, state, rule, writes, mask, output)
+
+    right = hidden, in_proj, bias, state
+    assert step(*right, ones, ones) is not None
     for wrong in (
-        (hidden.double(), in_proj, bias, state, rule, None, None),
-        (hidden[:0], in_proj, bias, state[:0], rule, None, None),
-        (hidden[:, 0], in_proj, bias, state, rule, None, None),
-        (hidden.expand(3, 2, 37), in_proj, bias, state, rule, None, None),
-        (hidden.mT.expand(3, 37, 2)[:, :, :1].mT, in_proj[:, :1], bias, state, rule, None, None),
-        (hidden, in_proj[:-1], bias, state, rule, None, None),
-        (hidden, in_proj[:, ::2], bias, state, rule, None, None),
-        (hidden, in_proj, bias[:-1], state, rule, None, None),
-        (hidden, in_proj, bias, state[:2], rule, None, None),
-        (hidden, in_proj, bias, state.mT, rule, None, None),
-        (hidden, in_proj, bias, state, rule, ones[:2], None),
-        (hidden, in_proj, bias, state, rule, None, ones.long()),
-        (*one_token(rule, batch=cpu.FEW + 1), rule, None, None),
+        (hidden.double(), in_proj, bias, state),
+        (hidden[:0], in_proj, bias, state[:0]),
+        (hidden[:, 0], in_proj, bias, state),
+        (hidden.expand(3, 2, 37), in_proj, bias, state),
+        (hidden.mT.expand(3, 37, 2)[:, :, :1].mT, in_proj[:, :1], bias, state),
+        (hidden, in_proj[:-1], bias, state),
+        (hidden, in_proj[:, ::2], bias, state),
+        (hidden, in_proj, bias[:-1], state),
+        (hidden, in_proj, bias, state[:2]),
+        (hidden, in_proj, bias, state.mT),
+        (*right, ones[:2], None),
+        (*right, None, ones.long()),
+        (*right, None, None, ()),
+        (*right, None, None, (deltas[0][:, 1:],)),
+        (*right, None, None, (deltas[0].double(),)),
+        one_token(rule, batch=cpu.FEW + 1),
     ):
-        assert cpu.step(*wrong) is None
+        assert step(*wrong) is None
     for batch, tokens in ((2, 1), (3, 2)):
         plan = segments.plan(*(part[:batch] for part in stream(0, tokens=tokens)))
-        given = hidden, in_proj, bias, state, torch.zeros(3, 24), rule
-        assert cpu.step_segments(*given, plan, None) is None
+        given = hidden, in_proj, bias, deltas, SCALE, state, torch.zeros(3, 24), rule
+        assert cpu.step_segments(*given, plan, None, None) is None
+    # An output that cannot be corrected in place is left as it is.
+    for other in (output.double(), output[..., 1:], torch.cat([output, output], -1)[..., ::2]):
+        before = other.clone()
+        assert step(*right, output=other)[0][0] is not None
+        assert torch.equal(other, before)
 
 
 # Which backend is taken

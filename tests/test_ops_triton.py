@@ -180,9 +180,37 @@ def test_advance_and_step(update, tied, per_row, chunks_of):
         for t in (0, 1, 2):
             token, at = hidden[:, t : t + 1], slice(t, t + 1)
             flags = [x if x is None else x[:, at] for x in (writes, mask)]
-            got = backend.step(token, weight, bias, state, rule, *flags)
-            check(got, F.linear(token.double(), weight.double()), *flags)
+            z = F.linear(token.double(), weight.double())
+            check_step(
+                (token, weight, bias),
+                (state, rule, *flags),
+                ops.advance(z, bias.double(), state.double(), rule, *flags, backend="naive"),
+            )
         assert torch.equal(state, before)
+
+
+def heads(rule, batch, sizes=(70, 33)):
+    """deltas, and what the first head's projection gave."""
+    random = torch.Generator().manual_seed(9)
+    deltas = tuple(torch.randn(n, rule.num_states * rule.rank, generator=random).to(DEVICE) for n in sizes)
+    return deltas, torch.randn(batch, 1, sizes[0], generator=random).to(DEVICE)
+
+
+def check_step(before, after, expected, step=backend.step):
+    """`step` corrects by the expected reads and leaves the expected states, in place or not.
+
+    Args:
+        before, after: its arguments before the deltas, and behind the scale.
+    """
+    reads, *states = expected
+    deltas, output = heads(after[-3], len(reads))
+    corrections = [1.5 * reads.flatten(2) @ delta.double().t() for delta in deltas]
+    got, *found = step(*before, deltas, 1.5, *after, None)
+    assert_close((*got, *found), (*corrections, *states))
+    corrected = output.clone()
+    (none, *got), *found = step(*before, deltas, 1.5, *after, corrected)
+    assert none is None
+    assert_close((corrected, *got, *found), (output + corrections[0], *corrections[1:], *states))
 
 
 def projected(rule, n, batch, partly):
@@ -294,10 +322,14 @@ def test_steps_of_segments(update, tied, per_row):
         open_sum = torch.randn(5, features - states * rank, generator=random).to(DEVICE) * (
             count[:, None] > 0
         )
-        got = backend.step_segments(hidden, weight, bias, state, open_sum, rule, plan, present)
         z = F.linear(hidden.double(), weight.double()).masked_fill(~present[..., None], 0)
         wide = z, bias.double(), state.double(), open_sum.double()
-        assert_close(got, ops.advance_segments(*wide, rule, plan, present))
+        check_step(
+            (hidden, weight, bias),
+            (state, open_sum, rule, plan, present),
+            ops.advance_segments(*wide, rule, plan, present),
+            backend.step_segments,
+        )
 
 
 @needs_kernels
@@ -307,49 +339,19 @@ def test_a_step_in_half_precision():
     hidden = torch.randn(2, 1, size, generator=random).bfloat16().to(DEVICE)
     weight = (torch.randn(32, size, generator=random) / size**0.5).to(DEVICE)
     bias, state = torch.zeros(8, device=DEVICE), torch.randn(2, 1, 8, 8, generator=random).to(DEVICE)
-    reads, after = backend.step(hidden, weight, bias, state, rule, None, None)
-    z = F.linear(hidden.double(), weight.bfloat16().double())
-    expected = ops.advance(z, bias.double(), state.double(), rule, backend="naive")
-    assert reads.dtype == torch.bfloat16 and after.dtype == torch.float32
-    # The interpreter rounds to bfloat16 towards zero.
-    assert_close((reads, after), expected, tolerance=1e-2)
-    if GPU:
-        assert_close(after, expected[1])
-
-
-PRODUCTS = [(1, 8, 100), (3, 20, 70), (64, 4, 33), (5, 256, 40)]
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize(
-    "tokens, width, size", PRODUCTS, ids=[f"tokens{n}-width{w}-size{s}" for n, w, s in PRODUCTS]
-)
-def test_add_product(tokens, width, size, dtype):
-    random = torch.Generator().manual_seed(0)
-    output, x, weight = (
-        torch.randn(shape, generator=random).to(DEVICE, dtype)
-        for shape in ((1, tokens, size), (tokens, width), (size, width))
+    deltas, output = heads(rule, 2)
+    output = output.bfloat16()
+    corrected = output.clone()
+    (_, correction), after = backend.step(
+        hidden, weight, bias, deltas, 2.0, state, rule, None, None, corrected
     )
-    expected = output.double() + 1.5 * (x.double() @ weight.double().t())
-    assert backend.add_product(output, x, weight, 1.5)
-    # One rounding to the nearest, or in the interpreter, of bfloat16, towards zero.
-    assert_close(output, expected, tolerance=max(1e-5, torch.finfo(dtype).eps))
-
-
-@needs_kernels
-def test_add_product_leaves_to_others_what_does_not_fit():
-    output, x, weight = (torch.ones(shape, device=DEVICE) for shape in ((70, 6), (70, 4), (6, 4)))
-    few = output[:5].clone(), x[:5], weight
-    assert not backend.add_product(output, x, weight, 1.0)
-    assert not backend.add_product(few[0], few[1].bfloat16(), weight, 1.0)
-    assert not backend.add_product(few[0], few[1], weight[:, :3], 1.0)
-    assert not backend.add_product(few[0].t().contiguous().t(), *few[1:], 1.0)
-    assert not backend.add_product(*few[:2], weight.clone().requires_grad_(), 1.0)
-    assert not backend.add_product(*(y.double() for y in few), 1.0)
-    assert torch.equal(output, torch.ones_like(output)) and torch.equal(few[0], output[:5])
-    assert torch.equal(ops.add_product(output, x, weight, 0.5), torch.full_like(output, 3.0))
-    assert torch.equal(ops.add_product(*few, 0.5), torch.full_like(few[0], 3.0))
+    z = F.linear(hidden.double(), weight.bfloat16().double())
+    reads, expected = ops.advance(z, bias.double(), state.double(), rule, backend="naive")
+    corrections = [2 * reads.flatten(2) @ delta.bfloat16().double().t() for delta in deltas]
+    assert correction.dtype == torch.bfloat16 and after.dtype == torch.float32
+    # The interpreter rounds to bfloat16 towards zero.
+    assert_close((corrected, correction), (output + corrections[0], corrections[1]), tolerance=2e-2)
+    assert_close(after, expected, tolerance=1e-5 if GPU else 1e-2)
 
 
 @needs_kernels
@@ -359,15 +361,19 @@ def test_addresses_need_not_be_multiples_of_16():
 
     rule, state, bias = Rule(1, 8), torch.randn(1, 1, 8, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
     hidden, weight = torch.randn(1, 1, 40, device=DEVICE), torch.randn(32, 40, device=DEVICE)
-    tensors = hidden, weight, bias, state
-    expected = backend.step(*tensors, rule, None, None)
+    deltas, output = heads(rule, 1)
+
+    def step(move, move_state):
+        corrected = move(output.clone())
+        moved = [move(x) for x in (hidden, weight, bias)]
+        given = tuple(map(move, deltas)), 2.0, move_state(state), rule, None, None, corrected
+        (_, correction), after = backend.step(*moved, *given)
+        return corrected, correction, after
+
+    expected = step(torch.clone, torch.clone)
     for _ in range(2):
-        assert_close(backend.step(*map(shifted, tensors), rule, None, None), expected)
-        assert_close(backend.step(*tensors[:3], shifted(state), rule, None, None), expected)
-    output, x, weight = (torch.randn(shape, device=DEVICE) for shape in ((1, 1, 50), (1, 8), (50, 8)))
-    expected, odd = output.clone(), shifted(output)
-    assert backend.add_product(expected, x, weight, 2.0) and backend.add_product(odd, x, shifted(weight), 2.0)
-    assert_close(odd, expected)
+        assert_close(step(shifted, shifted), expected)
+        assert_close(step(torch.clone, shifted), expected)
 
 
 @needs_kernels
@@ -380,17 +386,33 @@ def test_what_does_not_fit_is_left_to_others():
     assert backend.advance(z[..., :15], bias, state, rule, None, None) is None
     hidden, weight = torch.zeros(1, 2, 9, device=DEVICE), torch.zeros(16, 9, device=DEVICE)
     token = hidden[:, :1]
+    deltas, output = heads(rule, 1)
+
+    def step(
+        token=token, weight=weight, bias=bias, deltas=deltas, state=state, flags=(None, None), output=None
+    ):
+        return backend.step(token, weight, bias, deltas, 1.0, state, rule, *flags, output)
+
     # Under a transformation the shapes are the same, and what is found out then does not last.
-    mapped = torch.vmap(lambda h: ops.step(h, weight, bias, state, rule)[1])(token[None])
-    assert torch.equal(mapped[0], ops.step(token, weight, bias, state, rule)[1])
-    assert backend.step(token, weight, bias, state, rule, None, None) is not None
-    assert backend.step(hidden, weight, bias, state, rule, None, None) is None
-    assert backend.step(token, weight[:15], bias, state, rule, None, None) is None
-    assert backend.step(token, weight, bias[:3], state, rule, None, None) is None
-    assert backend.step(token, weight, bias, state.double(), rule, None, None) is None
+    outer = []
+    torch.vmap(lambda h: outer.append(step(h)) or h)(token[None])
+    assert outer == [None]
+    assert step() is not None
+    assert step(hidden) is None
+    assert step(weight=weight[:15]) is None
+    assert step(bias=bias[:3]) is None
+    assert step(state=state.double()) is None
+    assert step(deltas=()) is None
+    assert step(deltas=(deltas[0][:, 1:],)) is None
+    assert step(deltas=(deltas[0], deltas[1].double())) is None
     flags = torch.ones(2, 1, dtype=torch.bool, device=DEVICE)
-    assert backend.step(token, weight, bias, state, rule, flags, None) is None
-    assert backend.step(token, weight, bias, state, rule, flags[:1], flags[:1].int()) is None
+    assert step(flags=(flags, None)) is None
+    assert step(flags=(flags[:1], flags[:1].int())) is None
+    # An output that cannot be corrected in place is left as it is.
+    for other in (output.double(), output[..., 1:], torch.cat([output, output], -1)[..., ::2]):
+        before = other.clone()
+        assert step(output=other)[0][0] is not None
+        assert torch.equal(other, before)
 
 
 @needs_kernels
@@ -444,13 +466,14 @@ def test_compiles_without_graph_breaks(chunks_of):
     eager = torch.autograd.grad(loss_of_advance(*values), values)
     assert_close(torch.autograd.grad(compiled(loss_of_advance)(*values), values), eager)
     with torch.no_grad():
+        deltas, _ = heads(rule, 1)
 
-        def step(*tensors):
-            return ops.step(*tensors, rule)
+        def step(hidden, weight, bias, state):
+            (first, second), after = ops.step(hidden, weight, bias, deltas, 2.0, state, rule)
+            return first, second, after
 
         assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, writes, None))
-        expected = backend.step(hidden, weight, bias, state, rule, None, None)
-        assert_close(compiled(step)(hidden, weight, bias, state), expected)
+        assert_close(compiled(step)(hidden, weight, bias, state), step(hidden, weight, bias, state))
 
 
 @needs_kernels
@@ -473,17 +496,23 @@ def test_auto_takes_the_kernels_on_a_gpu_and_graphs_capture_them():
     rule = Rule(1, 8)
     state, bias = torch.zeros(2, 1, 8, 8, device="cuda"), torch.zeros(8, device="cuda")
     hidden, weight = torch.randn(2, 1, 64, device="cuda"), torch.randn(32, 64, device="cuda")
-    ops.step(hidden, weight, bias, state, rule)
+    deltas, _ = heads(rule, 2)
+
+    def step(state):
+        (first, second), after = ops.step(hidden, weight, bias, deltas, 2.0, state, rule)
+        return first, second, after
+
+    step(state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        reads, after = ops.step(hidden, weight, bias, state, rule)
+        *corrections, after = step(state)
         state.copy_(after)
     expected = torch.zeros_like(state)
     for _ in range(3):
         hidden.normal_()
         graph.replay()
-        expected_reads, expected = ops.step(hidden, weight, bias, expected, rule)
-        assert torch.equal(reads, expected_reads) and torch.equal(state, expected)
+        *expected_corrections, expected = step(expected)
+        assert all(map(torch.equal, corrections, expected_corrections)) and torch.equal(state, expected)
 
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes CPU tensors")

@@ -9,6 +9,9 @@ The backbone is only hooked, never rewritten. One pair of hooks on the causal LM
 * each corrected projection, after: picks the reading up and adds its correction. The output projection
   comes last and clears it away; where it is not corrected, a hook after attention does.
 
+When one token is decoded, reading and writing wait for the first corrected projection: from its hook one
+kernel does all that is left to do, this projection's correction included.
+
 A call travels as one extra keyword, which `transformers` hands on from the causal LM to every attention
 module: unlike a context variable it survives checkpointing, compilation and threads. Only the last step,
 from an attention module to its own projections, needs a thread-local, for projections get no keywords.
@@ -20,7 +23,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +35,31 @@ from .state import MemoryState, OpenSegment
 CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 
 
-class _Reading(threading.local):
-    """`now`: (adapter, reads, call) of the attention module that this thread is in."""
+class Reading(NamedTuple):
+    """What the projections of an attention module are to be corrected by; one of the last three is there.
 
-    now: tuple[DeltaMemory, Tensor, MemoryCall] | None = None
+    Attributes:
+        adapter: the layer's.
+        call: the forward pass.
+        hidden: the attention module's input, [batch, 1, hidden], of a token that has not been read yet.
+        reads: [batch, tokens, D].
+        corrections: {head: [batch, 1, size]} of one token; None for a head that has been corrected.
+    """
+
+    adapter: DeltaMemory
+    call: MemoryCall
+    hidden: Tensor | None = None
+    reads: Tensor | None = None
+    corrections: dict[str, Tensor | None] | None = None
 
 
-_reading = _Reading()
+class _Here(threading.local):
+    """`reading`: that of the attention module that this thread is in."""
+
+    reading: Reading | None = None
+
+
+_here = _Here()
 
 
 # ---- finding the projections -------------------------------------------------------------------
@@ -235,17 +256,27 @@ class MemoryCall:
         self.left: dict[int, tuple[Tensor, Tensor | None]] | None = {}
         self.inputs: dict[int, Tensor] | None = {} if keep_inputs else None
         self.trace = trace
+        # Of a token that nobody looks into, nothing but corrections and states is needed.
+        watched = keep_inputs or trace is not None or torch.is_grad_enabled()
+        self.one_token = shape[1] == 1 and not watched
         self.gates: dict[int, Tensor] = {}
         self.corrections: dict[int, dict[str, Tensor]] = {}
 
     def take(self, index: int, adapter: DeltaMemory, hidden: Tensor) -> Tensor:
         """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
-        plan = self._plan_on(hidden.device)
-        if hidden.shape[1] == 1 and self.inputs is None and self.trace is None:
-            reads, *after = adapter.step(hidden, self.states[index], self.open_sums.get(index), plan)
-            self._leave(index, *after)
-            return reads
         return self.advance(index, adapter, adapter.project(hidden))
+
+    def step(
+        self, index: int, adapter: DeltaMemory, hidden: Tensor, output: Tensor | None
+    ) -> dict[str, Tensor | None] | None:
+        """`take` of one token, on to the corrections; None where `DeltaMemory.step` has no kernel for it."""
+        state, open_sum = self.states[index], self.open_sums.get(index)
+        results = adapter.step(hidden, state, open_sum, self._plan_on(hidden.device), output)
+        if results is None:
+            return None
+        corrections, *after = results
+        self._leave(index, *after)
+        return corrections
 
     def advance(self, index: int, adapter: DeltaMemory, z: Tensor) -> Tensor:
         """`take` from the adapter's projections on."""
@@ -335,7 +366,7 @@ def _is_recorded(tensor: Tensor) -> bool:
 
 def forget_reading() -> None:
     """After a forward, also one that failed inside an attention module: nobody may find its reading."""
-    _reading.now = None
+    _here.reading = None
 
 
 class LayerHooks:
@@ -373,36 +404,61 @@ class LayerHooks:
         return None
 
     def before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        call = kwargs.pop(CALL, None)
-        _reading.now = None
-        if call is not None and self.adapter is not None:
+        call, adapter = kwargs.pop(CALL, None), self.adapter
+        _here.reading = None
+        if call is not None and adapter is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            _reading.now = (self.adapter, call.take(self.layer.index, self.adapter, hidden), call)
+            if call.one_token:
+                _here.reading = Reading(adapter, call, hidden)
+            else:
+                _here.reading = Reading(adapter, call, reads=call.take(self.layer.index, adapter, hidden))
         return args, kwargs
 
     def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        _reading.now = None
+        _here.reading = None
 
     def after_projection(
         self, views: dict[str, View], module: nn.Module, args: tuple, output: Tensor
     ) -> Tensor:
         """Corrects the heads of one projection, whose outputs `views` pick."""
-        now = _reading.now
-        if now is None or now[0] is not self.adapter:
+        reading = _here.reading
+        if reading is None or reading.adapter is not self.adapter:
             return output
-        adapter, reads, call = now
-        if "o" in views:
-            _reading.now = None
         # In place where nobody looks: with gradients autograd does, and other hooks may keep what they saw.
-        in_place = not torch.is_grad_enabled() and len(module._forward_hooks) == 1
+        in_place = len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
+        if reading.hidden is not None:
+            whole = in_place and views.get(self.adapter.config.heads[0]) is _whole
+            reading = self.read_token(reading, output if whole else None)
+        _here.reading = None if "o" in views else reading
         if not in_place and _whole not in views.values():
             output = output.clone()  # parts of it are written below
         for head, view in views.items():
             part = output if view is _whole else view(output, -1)
-            if call.trace is not None and call.trace.measure_corrections:
-                call.measure(self.layer.index, adapter, head, reads, part)
+            corrected = self.correct(reading, head, part, in_place)
             if view is _whole:
-                output = adapter.correct(head, reads, output, in_place)
-            else:
-                part.copy_(adapter.correct(head, reads, part.flatten(2)).view(part.shape))
+                output = corrected
+            elif corrected is not part:
+                part.copy_(corrected)
         return output
+
+    def read_token(self, reading: Reading, output: Tensor | None) -> Reading:
+        """Reads and writes the token left for the first projection, whose `output` may be corrected."""
+        adapter, call, hidden = reading[:3]
+        corrections = call.step(self.layer.index, adapter, hidden, output)
+        if corrections is not None:
+            return Reading(adapter, call, corrections=corrections)
+        return Reading(adapter, call, reads=call.take(self.layer.index, adapter, hidden))
+
+    def correct(self, reading: Reading, head: str, output: Tensor, in_place: bool) -> Tensor:
+        """`output` of one head's projection, corrected."""
+        adapter, call, _, reads, corrections = reading
+        if corrections is not None:
+            correction = corrections[head]
+            if correction is None:
+                return output
+            correction = correction.view(output.shape)
+            return output.add_(correction) if in_place else output + correction
+        flat = output.flatten(2)
+        if call.trace is not None and call.trace.measure_corrections:
+            call.measure(self.layer.index, adapter, head, reads, flat)
+        return adapter.correct(head, reads, flat, in_place).view(output.shape)

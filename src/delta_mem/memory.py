@@ -4,8 +4,8 @@ The reader's path through one call, for one layer, on its attention's input h [b
 
     project        h -> z: W_q h, W_k h, W_v h and the gates' W h, in one matrix product
     advance        z and the state -> readings and the new state, by `ops.advance`
-    step           both of them for one token, by `ops.step`
     correct        a reading -> the correction of q, k, v or o: alpha / r * s * W_delta m
+    step           all of them for one token of inference, by `ops.step`
 
 `WritePlan` says, once for all layers, which tokens read, which write, and where segments end.
 Under segment writes (SSW) the mean of a segment's tokens is written once, when the segment ends; see
@@ -154,6 +154,8 @@ class DeltaMemory(nn.Module):
         if config.o_norm:
             self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
         self._casts: dict[str, tuple[tuple, Tensor]] = {}  # see _weight
+        self._delta_names = [f"delta_{head}" for head in config.heads]
+        self._in_one_go = not (config.trainable_scale or config.o_norm)  # all that `ops.step` knows
 
     @property
     def device(self) -> torch.device:
@@ -241,25 +243,42 @@ class DeltaMemory(nn.Module):
         return reads.flatten(2), state, open_sum
 
     def step(
-        self, hidden: Tensor, state: Tensor, open_sum: Tensor | None, plan: WritePlan
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`project` and `advance` of one token: one kernel where there is one.
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        open_sum: Tensor | None,
+        plan: WritePlan,
+        output: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor | None], Tensor, Tensor | None] | None:
+        """`project`, `advance` and `correct` of one token, for inference: one kernel where there is one.
 
         Args:
             hidden: [batch, 1, hidden].
             state, open_sum, plan: as in `advance`.
+            output: [batch, 1, size], what the projection of the first head of `config.heads` gave: may be
+                corrected in place.
 
         Returns:
-            As `advance`; the reads in hidden's dtype.
+            {head: correction [batch, 1, size]} in the order of `config.heads`, the first of them None if
+            `output` has been corrected; the new state; the new open sum. None where there is no such kernel.
         """
-        weights = self._weight("in_proj", hidden.dtype), self._weight("gate_bias", torch.float32)
+        if not self._in_one_go:
+            return None
+        config, weights = self.config, self._parameters
+        deltas = tuple([weights[name] for name in self._delta_names])
+        bias, scale = self._weight("gate_bias", torch.float32), config.alpha / config.rank
+        fixed = weights["in_proj"], bias, deltas, scale
         if plan.segments is None:
-            reads, after = ops.step(hidden, *weights, state, self.rule, plan.writes, plan.mask)
+            results = ops.step(hidden, *fixed, state, self.rule, plan.writes, plan.mask, output)
         else:
-            reads, after, open_sum = ops.step_segments(
-                hidden, *weights, state, open_sum, self.rule, plan.segments, plan.mask
+            results = ops.step_segments(
+                hidden, *fixed, state, open_sum, self.rule, plan.segments, plan.mask, output
             )
-        return reads.flatten(2), state if plan.read_only else after, open_sum
+        if results is None:
+            return None
+        corrections, after, *sums = results
+        corrections = dict(zip(config.heads, corrections, strict=True))
+        return corrections, state if plan.read_only else after, sums[0] if sums else open_sum
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
@@ -292,10 +311,9 @@ class DeltaMemory(nn.Module):
             delta = F.linear(reads, weight) * scale
             norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=config.o_norm_eps)
             return output + (norm * self.o_norm_weight).to(dtype)
-        reads = reads.view(-1, reads.shape[-1])
-        if in_place:
-            return ops.add_product(output, reads, weight, scale)
-        return output.flatten(0, -2).addmm(reads, weight.t(), alpha=scale).view(output.shape)
+        reads, flat = reads.view(-1, reads.shape[-1]), output.flatten(0, -2)
+        product = flat.addmm_ if in_place else flat.addmm
+        return product(reads, weight.t(), alpha=scale).view(output.shape)
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight in the backbone's dtype. For inference the cast is made once and kept."""

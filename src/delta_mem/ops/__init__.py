@@ -4,9 +4,9 @@
 dense tensors, and hands them to a backend: one file per way to compute the same function.
 
 A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads,
-and the state after), `step` (both, for one token), `advance_segments` (under segment writes), `read` (nothing
-is written) and `add_product` (reads to a correction). Where a compiled backend can do one of these in one go,
-and can be differentiated if gradients are wanted, it does.
+and the state after), `advance_segments` (under segment writes) and `read` (nothing is written). Where a
+compiled backend can do one of these in one go, and can be differentiated if gradients are wanted, it does.
+`step` and `step_segments`, for one token, are compiled or not at all.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,6 @@ __all__ = [
     "BACKENDS",
     "Rule",
     "SegmentPlan",
-    "add_product",
     "advance",
     "advance_segments",
     "close_segment",
@@ -60,9 +59,6 @@ DIFFERENTIABLE = {"triton": triton.advance}
 
 # Up to here the loop beats the fixed cost of the chunked backend.
 SHORT = 16
-
-# Numbers read by all rows, up to which a GPU's compiler makes a correction part of what comes next.
-SMALL_READS = 512
 
 
 def delta_rule(
@@ -208,29 +204,32 @@ def step(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    scale: float,
     state: Tensor,
     rule: Rule,
     writes: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One token from a layer's input on, as in decoding: project, activate, read, write.
+    output: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor] | None:
+    """One token in one go, for inference: from a layer's input to the corrections of its projections.
 
     Args:
         hidden: [batch, 1, size], any floating dtype.
         in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
         gate_bias, state, rule, writes, mask: as in `advance`.
+        deltas: of each head [its size, states * rank]; used in hidden's dtype.
+        scale: the correction of a head is scale * delta m, m being the token's read.
+        output: [batch, 1, size of the first head], which its correction may be added to, in place.
 
     Returns:
-        The reads [batch, 1, states, rank] in hidden's dtype, and the state after the token.
+        The corrections [batch, 1, size of the head] in hidden's dtype, the first of them None if it has been
+        added to `output`; and the state after the token. None where nothing compiled takes these tensors.
     """
-    if not _learns(hidden, in_proj, gate_bias, state):
-        results = triton.step(hidden, in_proj, gate_bias, state, rule, writes, mask)
-        if results is None:
-            results = cpu.step(hidden, in_proj, gate_bias, state, rule, writes, mask)
-        if results is not None:
-            return results
-    reads, state = advance(project(hidden, in_proj), gate_bias, state, rule, writes, mask)
-    return reads.to(hidden.dtype), state
+    if _learns(hidden, in_proj, gate_bias, state, *deltas):
+        return None
+    arguments = hidden, in_proj, gate_bias, deltas, scale, state, rule, writes, mask, output
+    return triton.step(*arguments) or cpu.step(*arguments)
 
 
 def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
@@ -254,31 +253,6 @@ def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor |
         query = direction(z[..., : rule.num_states * rule.rank], rule)
         reads = torch.einsum("bhij,bthj->bthi", state, query)
     return reads if mask is None else reads.masked_fill(~mask[..., None, None], 0)
-
-
-def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """output + scale * x weightᵀ, in the place of `output` [batch, tokens, size] or not. For inference.
-
-    Args:
-        output: contiguous.
-        x: [batch * tokens, width], of the output's dtype.
-        weight: [size, width], likewise.
-        scale: a number.
-    """
-    if torch.compiler.is_compiling() and x.is_cuda and x.dtype != torch.float64 and x.numel() <= SMALL_READS:
-        # Not a matrix product but sums, which a compiler makes part of what comes next: a norm, mostly.
-        products = _total(x.float().unsqueeze(1) * weight.float()).view(output.shape)
-        return (output.float() + scale * products).to(output.dtype)
-    if not triton.add_product(output, x, weight, scale):
-        output.view(-1, output.shape[-1]).addmm_(x, weight.t(), alpha=scale)
-    return output
-
-
-def _total(x: Tensor) -> Tensor:
-    """Sums over the last dimension, by four: sums that short are written out by torch.compile."""
-    while x.shape[-1] > 4 and x.shape[-1] % 4 == 0:
-        x = x.unflatten(-1, (-1, 4)).sum(-1)
-    return x.sum(-1)
 
 
 def plan_segments(
@@ -326,27 +300,24 @@ def step_segments(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    scale: float,
     state: Tensor,
     open_sum: Tensor,
     rule: Rule,
     plan: SegmentPlan,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    output: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
     """`step` under segment writes; the arguments are those of `step` and of `advance_segments`.
 
     Returns:
-        The reads [batch, 1, states, rank] in hidden's dtype, the state, the sums of the segments left open.
+        The corrections, the state, the sums of the segments left open; or None, all as in `step`.
     """
-    if not _learns(hidden, in_proj, gate_bias, state, open_sum):
-        arguments = hidden, in_proj, gate_bias, state, open_sum, rule, plan, mask
-        results = triton.step_segments(*arguments)
-        if results is None:
-            results = cpu.step_segments(*arguments)
-        if results is not None:
-            return results
-    z = project(hidden, in_proj)
-    reads, state, open_sum = advance_segments(z, gate_bias, state, open_sum, rule, plan, mask)
-    return reads.to(hidden.dtype), state, open_sum
+    if _learns(hidden, in_proj, gate_bias, state, open_sum, *deltas):
+        return None
+    arguments = hidden, in_proj, gate_bias, deltas, scale, state, open_sum, rule, plan, mask, output
+    return triton.step_segments(*arguments) or cpu.step_segments(*arguments)
 
 
 def close_segment(

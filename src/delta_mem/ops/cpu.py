@@ -9,8 +9,9 @@ The backward pass computes the states again, from marks that the forward pass le
 
 For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments`
 take it from its projections to its reads, `step` and `step_segments` take one token from the layer's input
-on. In decoding the processor's caches are full of the model's weights, and what costs is not arithmetic but
-to start an operation: several times what it takes when nothing else runs. So few calls, few checks.
+to the corrections of its projections. In decoding the processor's caches are full of the model's weights,
+and what costs is not arithmetic but to start an operation: several times what it takes when nothing else
+runs. So few calls, few checks.
 
 The threads are Python's, in kernels that release the GIL. numba's own parallel loops would not do: the
 threads that it always has abort the process when two Python threads enter at once, and those of OpenMP
@@ -49,6 +50,9 @@ WORTH_A_THREAD = 1 << 20
 
 # Rows up to which one token's projections in a plain loop beat a matrix product's start.
 FEW = 4
+
+# Corrected projections of one layer, at most: q, k, v, o.
+HEADS = 4
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -132,41 +136,49 @@ def step(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    scale: float,
     state: Tensor,
     rule: Rule,
     writes: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """See `delta_mem.ops.step`; for few rows in float32, else None."""
-    one = _one_token("step", hidden, in_proj, gate_bias, state, rule, writes, mask)
+    output: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor] | None:
+    """See `delta_mem.ops.step`; for few rows in float32."""
+    weights = in_proj, gate_bias, deltas
+    one = _one_token("step", hidden, *weights, state, rule, writes, mask, output)
     if one is None:
         return None
-    kernel, addresses, (reads, after), flags, sizes, _ = one
+    kernel, addresses, heads, (corrections, after), flags, sizes, _ = one
     by_writes = (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
-    kernel(*addresses, *by_writes, *flags, *sizes)
-    return reads, after
+    kernel(*addresses, *by_writes, *flags, *sizes, scale, *heads)
+    return corrections, after
 
 
 def step_segments(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    scale: float,
     state: Tensor,
     open_sum: Tensor,
     rule: Rule,
     plan: SegmentPlan,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """See `delta_mem.ops.step_segments`; for few rows in float32, else None."""
+    output: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
+    """See `delta_mem.ops.step_segments`; for few rows in float32."""
+    weights = in_proj, gate_bias, deltas
     # The plan's ends are the flags of who writes.
-    one = _one_token("step_segments", hidden, in_proj, gate_bias, state, rule, plan.ends, mask)
+    one = _one_token("step_segments", hidden, *weights, state, rule, plan.ends, mask, output)
     parts = one and _segments(open_sum, plan, (len(hidden), 1), in_proj.shape[0], rule)
     if parts is None:
         return None
-    kernel, addresses, (reads, after), flags, sizes, _ = one
+    kernel, addresses, heads, (corrections, after), flags, sizes, _ = one
     new_sum = torch.empty_like(open_sum)
-    kernel(*addresses, *flags, *sizes, new_sum.data_ptr(), *parts)
-    return reads, after, new_sum
+    kernel(*addresses, *flags, *sizes, new_sum.data_ptr(), *parts, scale, *heads)
+    return corrections, after, new_sum
 
 
 def plan_segments(
@@ -239,26 +251,30 @@ def _one_token(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
     state: Tensor,
     rule: Rule,
     writes: Tensor | None,
     mask: Tensor | None,
+    output: Tensor | None,
 ) -> tuple | None:
     """What the kernels of one token take; None for what they do not.
 
     Returns:
-        The kernel, its first arguments, the reads and the state after, the rule's flags, sizes; and room that
-        the kernel works in, to be kept until it has returned.
+        The kernel, its first arguments, its last, the corrections and the state after, the rule's flags,
+        the sizes, and room that the kernel works in, to be kept until it has returned.
     """
     if (
         hidden.ndim != 3
         or rule.rank > MAX_RANK
-        or not _are_plain_float32((hidden, in_proj, gate_bias, state))
+        or not 0 < len(deltas) <= HEADS
+        or not _are_plain_float32((hidden, in_proj, gate_bias, state, *deltas))
     ):
         return None
     batch, tokens, size = hidden.shape
     kernel, features, gates, flags = _known(name, rule)
     states, rank = rule[:2]
+    width = states * rank
     if (
         tokens != 1
         or not 0 < batch <= FEW
@@ -269,14 +285,34 @@ def _one_token(
         or not (mask is None or _are_flags(mask, batch, 1))
     ):
         return None
-    z = hidden.new_empty(batch, features)
-    reads, after = hidden.new_empty(batch, 1, states, rank), torch.empty_like(state)
+    corrections: list[Tensor | None] = []
+    heads = []
+    for delta in deltas:
+        count = delta.shape[0]
+        if delta.shape != (count, width):
+            return None
+        if not heads and output is not None and output.shape == (batch, 1, count) and _is_like(output, delta):
+            corrections.append(None)
+            heads += 1, delta.data_ptr(), output.data_ptr(), count
+            continue
+        correction = hidden.new_empty(batch, 1, count)
+        corrections.append(correction)
+        if not heads:
+            heads.append(0)
+        heads += delta.data_ptr(), correction.data_ptr(), count
+    heads += (0,) * (1 + 3 * HEADS - len(heads))
+    room, after = hidden.new_empty(batch * (features + width)), torch.empty_like(state)
+    z = room.data_ptr()
     addresses = (
         hidden.data_ptr(), in_proj.data_ptr(), gate_bias.data_ptr(), state.data_ptr(),
-        z.data_ptr(), reads.data_ptr(), after.data_ptr(),
+        z, z + 4 * batch * features, after.data_ptr(),
         0 if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0),
     )  # fmt: skip
-    return kernel, addresses, (reads, after), flags, (batch, states, size), z
+    return kernel, addresses, heads, (corrections, after), flags, (batch, states, size), room
+
+
+def _is_like(x: Tensor, y: Tensor) -> bool:
+    return x.dtype is y.dtype and x.is_cpu and x.is_contiguous() and type(x) in _PLAIN
 
 
 @functools.cache

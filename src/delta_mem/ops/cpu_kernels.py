@@ -625,6 +625,32 @@ def _one_token(like, hidden, weight, state, z, reads, final, tied, per_row, batc
     )
 
 
+@njit(**OPTIONS)
+def _correct(like, reads, width, batch, delta, to, size, scale, add):
+    """scale * delta m of each row's reads m, written to `to` [batch, size], or added to what is there."""
+    lanes = _rank(like)
+    for row in range(batch):
+        m, y = _pointer(reads, row * width, like), _pointer(to, row * size, like)
+        for i in range(size):
+            w = _pointer(delta, i * width, like)
+            sums = _fill(0.0, like)
+            for j in range(0, width, lanes):
+                sums = sums + _load(w, j, like) * _load(m, j, like)
+            correction = np.float32(scale) * _total(sums)
+            y[i] = y[i] + correction if add else correction
+
+
+@njit(**OPTIONS)
+def _correct_all(
+    like, reads, width, batch, scale, add, q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o
+):
+    """`_correct` of up to four heads; `add` is the first one's. A head that is not there has no size."""
+    _correct(like, reads, width, batch, q, to_q, n_q, scale, add)
+    _correct(like, reads, width, batch, k, to_k, n_k, scale, False)
+    _correct(like, reads, width, batch, v, to_v, n_v, scale, False)
+    _correct(like, reads, width, batch, o, to_o, n_o, scale, False)
+
+
 # ---- where segments end --------------------------------------------------------------------------
 
 
@@ -751,6 +777,7 @@ def _make_advance_segments(rank, dtype):
 
 
 # The arguments of one token's kernels are flat: to unpack tuples takes longer than such a kernel.
+_HEADS = (types.float64, *(_INT,) * 13)
 
 
 def _make_step(rank, dtype):
@@ -758,15 +785,19 @@ def _make_step(rank, dtype):
         hidden, weight, bias, state, z, reads, final,
         mask, by_mask, writes, by_writes,
         tied, per_row, update, batch, states, size,
+        scale, add, q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o,
     ):  # fmt: skip
-        """Projects, activates, reads and writes one token a row; float32 only. See `ops.step`.
+        """Projects, activates, reads, writes and corrects, one token a row; float32 only. See `ops.step`.
 
         Args:
-            hidden, weight, bias, state, reads, final: addresses of contiguous tensors.
-            z: address of room for the projections.
+            hidden, weight, bias, state, final: addresses of contiguous tensors.
+            z, reads: addresses of room for the projections and the reads.
             mask, writes: addresses of bytes, 0 if none are given; each with its stride from row to row.
             tied, per_row, update: as in `advance`.
             size: numbers in a row of `hidden` and of `weight`.
+            scale: of the corrections.
+            add: whether the first correction is added to what is there.
+            q, to_q, n_q, …: of each head the addresses of its delta and of its correction, and its size.
         """
         like = _zeros(rank, dtype)
         z_, state_, reads_, final_, sizes = _one_token(
@@ -774,8 +805,10 @@ def _make_step(rank, dtype):
         )
         mask_, writes_, rule = (mask, by_mask, 0), (writes, by_writes, 0), (tied, per_row, update)
         _advance(like, z_, bias, state_, mask_, reads_, final_, writes_, rule, sizes)
+        heads = (q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o)
+        _correct_all(like, reads, states * rank, batch, scale, add, *heads)
 
-    return step, (_INT,) * 17
+    return step, ((_INT,) * 17 + _HEADS)
 
 
 def _make_step_segments(rank, dtype):
@@ -784,6 +817,7 @@ def _make_step_segments(rank, dtype):
         mask, by_mask,
         tied, per_row, update, batch, states, size,
         new_sum, open_sum, index, member, ends, closes, open_before, stays_open,
+        scale, add, q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o,
     ):  # fmt: skip
         """As `step`; what is written is the segments' means, as in `advance_segments`."""
         like = _zeros(rank, dtype)
@@ -793,8 +827,10 @@ def _make_step_segments(rank, dtype):
         segments = (new_sum, open_sum, index, member, ends, closes, open_before, stays_open)
         mask_, rule = (mask, by_mask, 0), (tied, per_row, update)
         _advance_segments(like, z_, bias, state_, mask_, reads_, final_, segments, rule, sizes)
+        heads = (q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o)
+        _correct_all(like, reads, states * rank, batch, scale, add, *heads)
 
-    return step_segments, (_INT,) * 23
+    return step_segments, ((_INT,) * 23 + _HEADS)
 
 
 def _make_plan_segments(_, dtype):

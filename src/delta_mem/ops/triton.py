@@ -2,8 +2,8 @@
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
 projections to its reads, and four and a sum back; `step` and `step_segments` are one from one token's hidden
-state to its read, and `add_product` is one from there to a correction. All may be captured in a CUDA graph;
-under torch.compile each is one operator of the graph, but `add_product`, which is left to the compiler.
+state to the corrections of its projections. All may be captured in a CUDA graph; under torch.compile each is
+one operator of the graph.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -30,8 +30,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MAX_RANK = 64
 
-# Tokens and width up to which `add_product` takes it: beyond, tensor cores pay.
-MAX_PRODUCT = 64, 256
+# Queries of all batch rows up to which `step` pays. It loads weights again for each row: beyond, matrix
+# products do better.
+MAX_QUERIES = 512
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -98,36 +99,34 @@ def step(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    scale: float,
     state: Tensor,
     rule: Rule,
     writes: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor] | None:
-    """See `delta_mem.ops.step`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
-    if not _runs_on(hidden):
+    output: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor] | None:
+    """See `delta_mem.ops.step`."""
+    if not _runs_on(hidden) or _transformed():
         return None
-    tensors = hidden, in_proj, gate_bias, state, writes, mask
+    tensors = hidden, in_proj, gate_bias, deltas, state, *(None,) * 7, writes, mask
     if torch.compiler.is_compiling() or _watched():
-        if _step_fits(tensors, rule):
-            return torch.ops.delta_mem.step(*tensors[:4], *rule, writes, mask)
-        return None
-    if _transformed():
-        return None
+        if not _step_fits(*tensors[:5], rule, (writes, mask)):
+            return None
+        after, *corrections = torch.ops.delta_mem.step(*tensors[:4], scale, state, *rule, writes, mask)
+        return corrections, after
     # Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
     # that the kernel relies on is in it; `_Step` sees to the strides.
-    key = (
-        rule,
-        type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
-        type(in_proj), in_proj.dtype, in_proj.shape, in_proj.get_device(),
-        type(gate_bias), gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
-        type(state), state.dtype, state.shape, state.get_device(),
-        writes if writes is None else (type(writes), writes.dtype, writes.shape, writes.get_device()),
-        mask if mask is None else (type(mask), mask.dtype, mask.shape, mask.get_device()),
-    )  # fmt: skip
+    key = rule, _alike(hidden, in_proj, gate_bias, deltas, state, output), _seen(writes), _seen(mask)
     launch = _steps.get(key)
     if launch is None:
-        launch = _steps[key] = _step_fits(tensors, rule) and _Step(kernels.step, 1, tensors, rule)
-    return launch(*tensors) if launch else None
+        fits = _step_fits(*tensors[:5], rule, (writes, mask))
+        launch = _steps[key] = fits and _Step(tensors, output, rule)
+    if not launch:
+        return None
+    corrections, after, _ = launch(tensors, output, scale)
+    return corrections, after
 
 
 _steps: dict[tuple, "_Step | bool"] = {}
@@ -137,91 +136,100 @@ def step_segments(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    scale: float,
     state: Tensor,
     open_sum: Tensor,
     rule: Rule,
     plan: SegmentPlan,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """See `delta_mem.ops.step_segments`; None for what it does not take, as in `delta_mem.ops.FUSED`."""
-    if not _runs_on(hidden):
+    output: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
+    """See `delta_mem.ops.step_segments`."""
+    if not _runs_on(hidden) or _transformed():
         return None
     planned = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
-    tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
+    tensors = hidden, in_proj, gate_bias, deltas, state, open_sum, *planned, None, mask
     if torch.compiler.is_compiling() or _watched():
-        if _step_segments_fits(tensors, rule):
-            return torch.ops.delta_mem.step_segments(*tensors[:5], planned, *rule, mask)
-        return None
-    if _transformed():
-        return None
-    key = rule, *[x if x is None else (type(x), x.dtype, x.shape, x.get_device()) for x in tensors]
+        if not _step_segments_fits(*tensors[:6], planned, rule, mask):
+            return None
+        after, open_after, *corrections = torch.ops.delta_mem.step_segments(
+            *tensors[:4], scale, state, open_sum, planned, *rule, mask
+        )
+        return corrections, after, open_after
+    key = rule, _alike(hidden, in_proj, gate_bias, deltas, state, output), *map(_seen, (*tensors[5:12], mask))
     launch = _steps.get(key)
     if launch is None:
-        fits = _step_segments_fits(tensors, rule)
-        launch = _steps[key] = fits and _Step(kernels.step_segments, 2, tensors, rule)
-    return launch(*tensors) if launch else None
+        fits = _step_segments_fits(*tensors[:6], planned, rule, mask)
+        launch = _steps[key] = fits and _Step(tensors, output, rule)
+    return launch(tensors, output, scale) if launch else None
 
 
-def add_product(output: Tensor, x: Tensor, weight: Tensor, scale: float) -> bool:
-    """See `delta_mem.ops.add_product`; for few tokens, where nobody watches. Whether it was done."""
-    if not _runs_on(output) or torch.compiler.is_compiling() or _watched() or _transformed():
-        return False
-    tensors = output, x, weight
-    key = (
-        type(output), output.dtype, output.shape, output.get_device(), output.is_contiguous(),
-        type(x), x.dtype, x.shape, x.get_device(), x.is_contiguous(),
-        type(weight), weight.dtype, weight.shape, weight.get_device(), weight.is_contiguous(),
-    )  # fmt: skip
-    launch = _products.get(key)
-    if launch is None:
-        launch = _products[key] = _product_fits(*tensors) and _prepared_product(*tensors)
-    if not launch or (torch.is_grad_enabled() and any(y.requires_grad for y in tensors)):
-        return False
-    kernel, grid, sizes = launch
-    kernel(grid, tensors, (*sizes, float(scale)))
-    return True
-
-
-_products: dict[tuple, tuple | bool] = {}
-
-
-def _step_fits(tensors: tuple[Tensor | None, ...], rule: Rule) -> bool:
-    hidden, in_proj, gate_bias, state, *flags = tensors
+def _alike(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    state: Tensor,
+    output: Tensor | None,
+) -> tuple:
+    """Equal for tensors of one token that one `_Step` serves."""
     return (
-        usable(tensors[:4], rule.rank)
+        type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
+        type(in_proj), in_proj.dtype, in_proj.shape, in_proj.get_device(),
+        gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
+        *[(x.dtype, x.shape, x.get_device()) for x in deltas],
+        type(state), state.dtype, state.shape, state.get_device(),
+        output if output is None else (type(output), output.dtype, output.shape, output.is_contiguous()),
+    )  # fmt: skip
+
+
+def _seen(x: Tensor | None) -> tuple | None:
+    return x if x is None else (type(x), x.dtype, x.shape, x.get_device())
+
+
+def _step_fits(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    state: Tensor,
+    rule: Rule,
+    flags: tuple[Tensor | None, ...],
+) -> bool:
+    return (
+        usable((hidden, in_proj, gate_bias, state, *deltas), rule.rank)
         and hidden.ndim == 3
         and hidden.shape[1] == 1
-        and hidden.numel() > 0
+        and 0 < hidden.shape[0] * rule.num_states * rule.rank <= MAX_QUERIES
+        and hidden.shape[2] > 0
         and in_proj.device == hidden.device
         and in_proj.shape == (sum(rule.sections.values()), hidden.shape[2])
+        and len(deltas) > 0
+        and all(x.device == hidden.device and x.dtype == deltas[0].dtype for x in deltas)
+        and all(x.ndim == 2 and x.shape[1] == rule.num_states * rule.rank for x in deltas)
+        and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and _fit(hidden, gate_bias, state, rule, *flags)
     )
 
 
-def _step_segments_fits(tensors: tuple[Tensor | None, ...], rule: Rule) -> bool:
-    hidden, in_proj, gate_bias, state, open_sum, *planned, mask = tensors
+def _step_segments_fits(
+    hidden: Tensor,
+    in_proj: Tensor,
+    gate_bias: Tensor,
+    deltas: tuple[Tensor, ...],
+    state: Tensor,
+    open_sum: Tensor,
+    planned: tuple[Tensor, ...],
+    rule: Rule,
+    mask: Tensor | None,
+) -> bool:
     return (
-        _step_fits((hidden, in_proj, gate_bias, state, mask), rule)
+        _step_fits(hidden, in_proj, gate_bias, deltas, state, rule, (mask,))
         and open_sum.shape == (hidden.shape[0], in_proj.shape[0] - rule.num_states * rule.rank)
         and open_sum.dtype == torch.float32
         and all(x.device == hidden.device for x in (open_sum, *planned))
         and all(x.numel() == hidden.shape[0] for x in planned)
-    )
-
-
-def _product_fits(output: Tensor, x: Tensor, weight: Tensor) -> bool:
-    tensors = output, x, weight
-    return (
-        usable(tensors, 0)
-        and x.ndim == weight.ndim == 2
-        and x.shape[1] == weight.shape[1]
-        and 0 < x.shape[1] <= MAX_PRODUCT[1]
-        and 0 < x.shape[0] <= MAX_PRODUCT[0]
-        and 0 < weight.shape[0] == output.shape[-1]
-        and output.numel() == x.shape[0] * weight.shape[0]
-        and output.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and all(y.dtype == output.dtype and y.device == output.device for y in tensors)
-        and all(y.is_contiguous() for y in tensors)
     )
 
 
@@ -462,41 +470,60 @@ class _Step:
     """One token's launch, for tensors like those given: all but their addresses is known.
 
     Args:
-        kernel: `kernels.step` or `kernels.step_segments`.
-        carried: how many of the tensors, from the state on, have a new value after the token.
-        tensors: the kernel's inputs: hidden, in_proj, gate_bias, state, …
+        tensors: the kernel's inputs: hidden, in_proj, gate_bias, deltas, state, open_sum, …
+        output: what the first head's projection gave, to be corrected in place; or None.
     """
 
-    def __init__(self, kernel, carried: int, tensors: tuple, rule: Rule):
-        hidden, states, rank = tensors[0], rule.num_states, rule.rank
+    def __init__(self, tensors: tuple, output: Tensor | None, rule: Rule):
+        hidden, _, _, deltas, state, open_sum, *_ = tensors
         batch, _, size = hidden.shape
-        R = _cut(batch, states, rank).padded
-        self.carried = slice(3, 3 + carried)
-        self.reads = batch, 1, states, rank
-        # A segment's sums are its state's: there a program has all rows.
-        alone = kernel is kernels.step
-        self.grid = states, batch, R if alone else 1
-        tile = (1, max(16, 4096 // R)) if alone else (max(16, 2048 // R),)
-        constants = states, size, rank, R, *tile, *rule[2:]
-        results = hidden, *tensors[self.carried]  # of the same dtypes
-        self.kernel = _kernel(kernel, (*tensors, *results), constants, {"num_warps": 8 if alone else 16})
+        sizes = tuple(len(delta) for delta in deltas)
+        self.in_place = (
+            output is not None
+            and type(output) in _PLAIN
+            and output.shape == (batch, 1, sizes[0])
+            and output.dtype == hidden.dtype
+            and output.device == hidden.device
+            and output.is_contiguous()
+        )
+        self.corrections = [(batch, 1, n) for n in sizes[self.in_place :]]
+        R = _cut(batch, rule.num_states, rule.rank).padded
+        padded = 1 << (rule.num_states - 1).bit_length()
+        rows, block, span, unroll, warps = _step_cut(batch, padded * R)
+        constants = rule.num_states, size, rule.rank, R, *rule[2:], sizes, self.in_place
+        constants += padded, rows, block, span, unroll
+        blocks = sum(_ceil(n, block) for n in sizes)
+        self.grid = rule.num_states * (R // rows) + blocks, batch, 1
+        results = (hidden,) * len(sizes), state, open_sum  # of the same dtypes
+        self.kernel = _kernel(kernels.step, (*tensors, *results), constants, {"num_warps": warps})
 
-    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The reads of one token, and the new values."""
-        given = [x if x is None else x.contiguous() for x in tensors]
-        reads = given[0].new_empty(*self.reads)
-        after = [torch.empty_like(x) for x in given[self.carried]]
-        self.kernel(self.grid, (*given, reads, *after))
-        return reads, *after
+    def __call__(
+        self, tensors: tuple, output: Tensor | None, scale: float
+    ) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
+        """The corrections, the first None if it has been added to `output`; the new state and open sum."""
+        hidden, in_proj, gate_bias, deltas, *given = tensors
+        hidden, in_proj, gate_bias = hidden.contiguous(), in_proj.contiguous(), gate_bias.contiguous()
+        deltas = tuple([x.contiguous() for x in deltas])
+        given = [x if x is None else x.contiguous() for x in given]
+        after = torch.empty_like(given[0])
+        open_after = None if given[1] is None else torch.empty_like(given[1])
+        corrections = [hidden.new_empty(size) for size in self.corrections]
+        to = (output, *corrections) if self.in_place else tuple(corrections)
+        given = (hidden, in_proj, gate_bias, deltas, *given, to, after, open_after)
+        self.kernel(self.grid, given, (scale,))
+        return ([None, *corrections] if self.in_place else corrections), after, open_after
 
 
-def _prepared_product(output: Tensor, x: Tensor, weight: Tensor) -> tuple:
-    """The kernel for such tensors, its grid, and tokens and size."""
-    (tokens, width), size = x.shape, weight.shape[0]
-    W = max(4, 1 << (width - 1).bit_length())
-    block, together = max(4, min(32, 1024 // W)), 1 if tokens == 1 else 4
-    kernel = _kernel(kernels.add_product, (output, x, weight), (width, W, block, together), {"num_warps": 1})
-    return kernel, (_ceil(size, block), _ceil(tokens, together), 1), (tokens, size)
+def _step_cut(batch: int, queries: int) -> tuple[int, int, int, int, int]:
+    """How one token's work is cut: `step`'s ROWS, BLOCK, SLICE and UNROLL, and warps.
+
+    From measurements on an H100. `queries` is the number of rows of all states, padded.
+    """
+    if batch > 4:
+        return 2, max(128, 8192 // queries), max(16, 4096 // queries), 1, 8
+    if queries <= 8:
+        return 1, 256, 2048, 2, 8
+    return 1, 128, max(16, 32768 // queries), 2, 16
 
 
 def _run(kernel, grid: tuple, tensors: tuple, sizes: tuple, constants: tuple, options: dict) -> None:
@@ -680,38 +707,41 @@ def _advance_backward(
     return _activated_backward(z, gate_bias, rule, writes, mask, grads), d_state
 
 
-@_operator(
-    f"step(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor state, {_RULE}) -> (Tensor, Tensor)",
-    lambda hidden, in_proj, gate_bias, state, *_: (
-        hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
-        torch.empty_like(state),
-    ),
-)
+def _like_step(carried: int):
+    def like(hidden, in_proj, gate_bias, deltas, scale, *given):
+        corrections = [hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas]
+        return [*[torch.empty_like(x) for x in given[:carried]], *corrections]
+
+    return like
+
+
+_STEP = "Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor[] deltas, float scale, Tensor state"
+
+
+@_operator(f"step({_STEP}, {_RULE}) -> Tensor[]", _like_step(1))
 def _step(
-    hidden, in_proj, gate_bias, state, num_states, rank, update, tied_gates, per_row_gates, writes, mask
-):
-    tensors = hidden, in_proj, gate_bias, state, writes, mask
+    hidden, in_proj, gate_bias, deltas, scale, state,
+    num_states, rank, update, tied_gates, per_row_gates, writes, mask,
+):  # fmt: skip
+    tensors = hidden, in_proj, gate_bias, tuple(deltas), state, *(None,) * 7, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step, 1, tensors, rule)(*tensors)
+    corrections, after, _ = _Step(tensors, None, rule)(tensors, None, scale)
+    return [after, *corrections]
 
 
 @_operator(
-    "step_segments(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor state, Tensor open_sum, "
-    "Tensor[] planned, int num_states, int rank, str update, bool tied_gates, bool per_row_gates, "
-    "Tensor? mask) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, in_proj, gate_bias, state, open_sum, *_: (
-        hidden.new_empty(*hidden.shape[:2], *state.shape[1:3]),
-        torch.empty_like(state),
-        torch.empty_like(open_sum),
-    ),
+    f"step_segments({_STEP}, Tensor open_sum, Tensor[] planned, "
+    "int num_states, int rank, str update, bool tied_gates, bool per_row_gates, Tensor? mask) -> Tensor[]",
+    _like_step(2),
 )
 def _step_segments(
-    hidden, in_proj, gate_bias, state, open_sum, planned,
+    hidden, in_proj, gate_bias, deltas, scale, state, open_sum, planned,
     num_states, rank, update, tied_gates, per_row_gates, mask,
 ):  # fmt: skip
-    tensors = hidden, in_proj, gate_bias, state, open_sum, *planned, mask
+    tensors = hidden, in_proj, gate_bias, tuple(deltas), state, open_sum, *planned, None, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    return _Step(kernels.step_segments, 2, tensors, rule)(*tensors)
+    corrections, after, open_after = _Step(tensors, None, rule)(tensors, None, scale)
+    return [after, open_after, *corrections]
 
 
 def _transformed() -> bool:

@@ -21,8 +21,8 @@ the lanes of its own chunk again, from the one state that the forward pass kept 
 token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where the batch fills the GPU,
 there is one chunk, no map, and the launch is a plain loop over the tokens.
 
-`activate` comes before, from a layer's projections, and `activate_backward` leads back to them. `step` and
-`step_segments` are for one token, in one launch with the projections; `add_product` makes a correction.
+`activate` comes before, from a layer's projections, and `activate_backward` leads back to them. `step` takes
+one token, in one launch, from a layer's input to the corrections of its projections.
 
 In the first three a program is one warp: nobody waits for another warp. A tile is [rank, lanes]; rank is
 padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
@@ -37,7 +37,7 @@ from .activation import NORM_EPS
 _EPS = tl.constexpr(NORM_EPS)
 # Sizes of inputs differ from call to call: no kernel is compiled again because one happens to be 1
 # or a multiple of 16.
-_SIZES = ["tokens", "states", "lanes", "chunk", "chunks", "size"]
+_SIZES = ["tokens", "states", "lanes", "chunk", "chunks"]
 
 
 # ---- in all kernels: where a lane is, what a token brings, what it does -----------------------------------
@@ -647,74 +647,221 @@ def _over_rows(x, R: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr):
     return tl.reshape(tl.sum(tl.reshape(x, (R, L // ROWS, ROWS)), axis=2), (R * (L // ROWS),))
 
 
+# ---- one token, from a layer's input to corrections --------------------------------------------------------
+#
+# Tiles have a dimension of states, then rows i of a state, then its columns j. The arguments `state`, `i` and
+# `j` are the numbers along them.
+
+
 @triton.jit
 def _project(
-    hidden,
-    in_proj,
-    at_all,
-    at,
-    gate,
-    gates,
-    columns,
-    rows,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    R: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLICE: tl.constexpr,
-    TIED: tl.constexpr,
-):
-    """One token's query and key [R] of one state, and value, beta and decay [ROWS] of some of its rows."""
+    hidden, in_proj, at, inside,
+    SIZE: tl.constexpr, N: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Products [N] of one token's hidden and the rows `at` of in_proj; 0 where not `inside`."""
     x = tl.arange(0, SLICE)
-    query = tl.zeros((R, SLICE), tl.float32)
+    total = tl.zeros((N, SLICE), tl.float32)
+    weights = in_proj + at.to(tl.int64)[:, None] * SIZE + x[None, :]
+    for on in tl.range(0, SIZE, SLICE, loop_unroll_factor=UNROLL):
+        within = on + x < SIZE
+        h = tl.load(hidden + on + x, mask=within, other=0.0)[None, :]
+        total += _product(tl.load(weights + on, mask=inside[:, None] & within[None, :], other=0.0), h)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _project_written(
+    hidden, in_proj, at_key, known, at, gate, inside,
+    WIDTH: tl.constexpr, GATES: tl.constexpr, SIZE: tl.constexpr, TIED: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """`_project` of what some rows of one state need: key [R], and value, beta and decay [ROWS]."""
+    x = tl.arange(0, SLICE)
     key = tl.zeros((R, SLICE), tl.float32)
     value = tl.zeros((ROWS, SLICE), tl.float32)
     beta = tl.zeros((ROWS, SLICE), tl.float32)
     decay = tl.zeros((ROWS, SLICE), tl.float32)
-    at_q = in_proj + at_all.to(tl.int64)[:, None] * SIZE + x[None, :]
-    at_v = in_proj + (2 * WIDTH + at).to(tl.int64)[:, None] * SIZE + x[None, :]
-    at_g = in_proj + (3 * WIDTH + gate).to(tl.int64)[:, None] * SIZE + x[None, :]
-    for on in range(0, SIZE, SLICE):
-        inside = on + x < SIZE
-        whole = columns[:, None] & inside[None, :]
-        own = rows[:, None] & inside[None, :]
-        h = tl.load(hidden + on + x, mask=inside, other=0.0)[None, :]
-        w_q = tl.load(at_q + on, mask=whole, other=0.0)
-        w_k = tl.load(at_q + WIDTH * SIZE + on, mask=whole, other=0.0)
-        w_v = tl.load(at_v + on, mask=own, other=0.0)
-        w_b = tl.load(at_g + on, mask=own, other=0.0)
-        query += _product(w_q, h)
-        key += _product(w_k, h)
-        value += _product(w_v, h)
-        beta += _product(w_b, h)
+    to_key = in_proj + (WIDTH + at_key).to(tl.int64)[:, None] * SIZE + x[None, :]
+    to_value = in_proj + (2 * WIDTH + at).to(tl.int64)[:, None] * SIZE + x[None, :]
+    to_gate = in_proj + (3 * WIDTH + gate).to(tl.int64)[:, None] * SIZE + x[None, :]
+    for on in tl.range(0, SIZE, SLICE, loop_unroll_factor=UNROLL):
+        within = on + x < SIZE
+        own = inside[:, None] & within[None, :]
+        h = tl.load(hidden + on + x, mask=within, other=0.0)[None, :]
+        w_key = tl.load(to_key + on, mask=known[:, None] & within[None, :], other=0.0)
+        w_value = tl.load(to_value + on, mask=own, other=0.0)
+        w_beta = tl.load(to_gate + on, mask=own, other=0.0)
+        key += _product(w_key, h)
+        value += _product(w_value, h)
+        beta += _product(w_beta, h)
         if not TIED:
-            decay += _product(tl.load(at_g + gates * SIZE + on, mask=own, other=0.0), h)
-    sums = (tl.sum(query, axis=1), tl.sum(key, axis=1), tl.sum(value, axis=1), tl.sum(beta, axis=1))
-    return sums + (tl.sum(decay, axis=1),)
+            decay += _product(tl.load(to_gate + GATES * SIZE + on, mask=own, other=0.0), h)
+    return tl.sum(key, axis=1), tl.sum(value, axis=1), tl.sum(beta, axis=1), tl.sum(decay, axis=1)
+
+
+@triton.jit
+def _product(weights, h):
+    """Products, float32, of weights in h's dtype, as a matrix product of that dtype has them."""
+    return weights.to(h.dtype).to(tl.float32) * h.to(tl.float32)
 
 
 @triton.jit
 def _written(
-    s,
-    key,
-    value,
-    beta,
-    decay,
-    gate_bias,
-    gate,
-    gates,
-    seen,
-    UPDATE: tl.constexpr,
-    TIED: tl.constexpr,
+    s, key, value, beta, decay, gate_bias, gate, gates, inside, UPDATE: tl.constexpr, TIED: tl.constexpr
 ):
-    """Rows s [ROWS, R] of the state after a token, or a segment's mean; of its key [R], the others [ROWS]."""
-    k = _direction(key, 0)
-    beta += tl.load(gate_bias + gate, mask=seen, other=0.0)
+    """States s [states, i, j] after a token, or a segment's mean: key [states, j], the others [states, i]."""
+    k = _direction(key, 1)[:, None, :]
+    beta += tl.load(gate_bias + gate, mask=inside, other=0.0)
     if not TIED:
-        decay += tl.load(gate_bias + gates + gate, mask=seen, other=0.0)
+        decay += tl.load(gate_bias + gates + gate, mask=inside, other=0.0)
     keep, erase, write = _gates(beta, decay, UPDATE, TIED)
-    u = write * value - erase * tl.sum(s * k[None, :], axis=1)
-    return keep[:, None] * s + u[:, None] * k[None, :]
+    u = write * value - erase * tl.sum(s * k, axis=2)
+    return keep[:, :, None] * s + u[:, :, None] * k
+
+
+@triton.jit
+def _places(state, i, STATES: tl.constexpr, RANK: tl.constexpr, PER_ROW: tl.constexpr):
+    """[states, i]: a row's place among those of all states, its gate's, and whether there is such a row."""
+    at = state[:, None] * RANK + i[None, :]
+    gate = at
+    if not PER_ROW:
+        gate = state[:, None] + i[None, :] * 0
+    return at, gate, (state < STATES)[:, None] & (i < RANK)[None, :]
+
+
+@triton.jit
+def _open(
+    sums, state, i, j, STATES: tl.constexpr, RANK: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr
+):
+    """Of an open segment's sums: key [states, j], value, beta and decay [states, i]."""
+    at_key, _, known = _places(state, j, STATES, RANK, PER_ROW)
+    at, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
+    width: tl.constexpr = STATES * RANK
+    gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
+    key = tl.load(sums + at_key, mask=known, other=0.0)
+    value = tl.load(sums + width + at, mask=inside, other=0.0)
+    beta = tl.load(sums + 2 * width + gate, mask=inside, other=0.0)
+    decay = beta
+    if not TIED:
+        decay = tl.load(sums + 2 * width + gates + gate, mask=inside, other=0.0)
+    return key, value, beta, decay
+
+
+@triton.jit
+def _found(
+    before, sums, count, closes, gate_bias, row, state, i, j,
+    STATES: tl.constexpr, RANK: tl.constexpr, UPDATE: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """States [states, i, j] as a token finds them: with the segment written that ended before, if one did."""
+    at, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
+    gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
+    at_state = row.to(tl.int64) * (STATES * RANK * RANK) + at[:, :, None] * RANK + j[None, None, :]
+    s = tl.load(before + at_state, mask=inside[:, :, None] & (j < RANK)[None, None, :], other=0.0)
+    if sums is not None:
+        n = tl.maximum(count, 1.0)
+        key, value, beta, decay = _open(sums, state, i, j, STATES, RANK, TIED, PER_ROW)
+        key, value, beta, decay = key / n, value / n, beta / n, decay / n
+        closed = _written(s, key, value, beta, decay, gate_bias, gate, gates, inside, UPDATE, TIED)
+        s = tl.where(closes, closed, s)
+    return s
+
+
+@triton.jit
+def _is_set(flags, row):
+    """Whether a row's flag is set; where there are none, all are."""
+    if flags is None:
+        return row == row
+    else:
+        return tl.load(flags + row) != 0
+
+
+@triton.jit
+def _write_rows(
+    unit, row, hidden, in_proj, gate_bias, before,
+    sums, count, close, index, member, ends, stays_open, writes, seen, after, sums_after,
+    STATES: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    UPDATE: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a state after the token, and what they add to the open segment."""
+    width: tl.constexpr = STATES * RANK
+    gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
+    state = tl.zeros((1,), tl.int32) + unit // (R // ROWS)
+    i = unit % (R // ROWS) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, R)
+    at, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
+    at_key, _, known = _places(state, j, STATES, RANK, PER_ROW)
+    key, value, beta, decay = _project_written(
+        hidden, in_proj, tl.reshape(at_key, (R,)), tl.reshape(known, (R,)), tl.reshape(at, (ROWS,)),
+        tl.reshape(gate, (ROWS,)), tl.reshape(inside, (ROWS,)),
+        width, gates, SIZE, TIED, R, ROWS, SLICE, UNROLL,
+    )  # fmt: skip
+    key, value, beta, decay = key[None, :], value[None, :], beta[None, :], decay[None, :]
+    s = _found(before, sums, count, close, gate_bias, row, state, i, j, STATES, RANK, UPDATE, TIED, PER_ROW)
+    if sums is None:
+        written = seen & _is_set(writes, row)
+    else:
+        written = tl.load(ends + row) != 0
+        goes_on = tl.load(index + row) == 0
+        joins = tl.load(member + row) != 0
+        # Selected, not multiplied: what lies under padding may be NaN.
+        open_key, open_value, open_beta, open_decay = _open(sums, state, i, j, STATES, RANK, TIED, PER_ROW)
+        key = tl.where(goes_on, open_key, 0.0) + tl.where(joins, key, 0.0)
+        value = tl.where(goes_on, open_value, 0.0) + tl.where(joins, value, 0.0)
+        beta = tl.where(goes_on, open_beta, 0.0) + tl.where(joins, beta, 0.0)
+        decay = tl.where(goes_on, open_decay, 0.0) + tl.where(joins, decay, 0.0)
+
+        still = tl.load(stays_open + row) != 0
+        tl.store(sums_after + at_key, tl.where(still, key, 0.0), mask=known & (unit % (R // ROWS) == 0))
+        tl.store(sums_after + width + at, tl.where(still, value, 0.0), mask=inside)
+        once = inside
+        if not PER_ROW:
+            once = inside & (i == 0)[None, :]
+        tl.store(sums_after + 2 * width + gate, tl.where(still, beta, 0.0), mask=once)
+        if not TIED:
+            tl.store(sums_after + 2 * width + gates + gate, tl.where(still, decay, 0.0), mask=once)
+        n = tl.maximum(tl.where(goes_on, count, 0.0) + tl.where(joins, 1.0, 0.0), 1.0)
+        key, value, beta, decay = key / n, value / n, beta / n, decay / n
+    new = _written(s, key, value, beta, decay, gate_bias, gate, gates, inside, UPDATE, TIED)
+    at_state = row.to(tl.int64) * (width * RANK) + at[:, :, None] * RANK + j[None, None, :]
+    whole = inside[:, :, None] & (j < RANK)[None, None, :]
+    tl.store(after + at_state, tl.where(written, new, s), mask=whole)
+
+
+@triton.jit
+def _correct(
+    block, row, hidden, in_proj, gate_bias, deltas, before, sums, count, close, seen, corrections, scale,
+    STATES: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    UPDATE: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr,
+    SIZES: tl.constexpr, IN_PLACE: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """A block of the corrections, those of all heads one behind the other."""
+    delta = deltas[0]
+    to = corrections[0] + row.to(tl.int64) * SIZES[0]
+    size = SIZES[0] + block * 0
+    add = (block * BLOCK < size) & IN_PLACE
+    for head in tl.static_range(1, len(SIZES)):
+        if block * BLOCK >= size:
+            block -= (size + BLOCK - 1) // BLOCK
+            delta = deltas[head]
+            to = corrections[head] + row.to(tl.int64) * SIZES[head]
+            size = SIZES[head] + block * 0
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    state, j = tl.arange(0, PADDED), tl.arange(0, R)
+    at_query, _, known = _places(state, j, STATES, RANK, PER_ROW)
+    at_query, known = tl.reshape(at_query, (PADDED * R,)), tl.reshape(known, (PADDED * R,))
+    output = tl.load(to + at, mask=(at < size) & add, other=0.0).to(tl.float32)
+    weights = delta + at.to(tl.int64)[:, None] * (STATES * RANK) + at_query[None, :]
+    weights = tl.load(weights, mask=(at < size)[:, None] & known[None, :], other=0.0)
+    s = _found(before, sums, count, close, gate_bias, row, state, j, j, STATES, RANK, UPDATE, TIED, PER_ROW)
+    query = _project(hidden, in_proj, at_query, known, SIZE, PADDED * R, SLICE, UNROLL)
+    query = _direction(tl.reshape(query, (PADDED, R)), 1)
+    read = tl.reshape(tl.sum(s * query[:, None, :], axis=2), (PADDED * R,))
+    # Selected, not multiplied: what lies under padding may be NaN.
+    read = tl.where(seen, read, 0.0).to(to.dtype.element_ty)
+    correction = tl.sum(_product(weights, read[None, :]), axis=1)
+    tl.store(to + at, (output + scale * correction).to(to.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
@@ -722,72 +869,7 @@ def step(
     hidden,
     in_proj,
     gate_bias,
-    before,
-    writes,
-    mask,
-    reads,
-    after,
-    STATES: tl.constexpr,
-    SIZE: tl.constexpr,
-    RANK: tl.constexpr,
-    R: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLICE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    TIED: tl.constexpr,
-    PER_ROW: tl.constexpr,
-):
-    """Projection, read and write of one token. Grid: (STATES, batch, R / ROWS).
-
-    A program has ROWS rows of a state. They need its whole query and key: to compute these again in each
-    program takes less time than one program for all would wait for memory.
-
-    Args:
-        hidden: [batch, SIZE].
-        in_proj: [features, SIZE], the layer's projections, laid out as `Rule.sections`.
-        gate_bias: see `activation.activate`.
-        before, after: the state [batch, STATES, RANK, RANK].
-        writes, mask: bool [batch], or None.
-        reads: [batch, STATES, RANK].
-        SLICE: numbers of SIZE in a tile.
-    """
-    state = tl.program_id(0)
-    row = tl.program_id(1)
-    width: tl.constexpr = STATES * RANK
-    j = tl.arange(0, R)
-    i = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    at = state * RANK + i
-    gate = at
-    gates = width
-    if not PER_ROW:
-        gate = state + i * 0
-        gates = STATES
-    rows = i < RANK
-    hidden += row.to(tl.int64) * SIZE
-    query, key, value, beta, decay = _project(
-        hidden, in_proj, state * RANK + j, at, gate, gates, j < RANK, rows, width, SIZE, R, ROWS, SLICE, TIED
-    )
-    seen = rows
-    if mask is not None:
-        seen = seen & (tl.load(mask + row + i * 0) != 0)
-    written = seen
-    if writes is not None:
-        written = written & (tl.load(writes + row + i * 0) != 0)
-
-    at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + j[None, :]
-    whole = rows[:, None] & (j < RANK)[None, :]
-    s = tl.load(before + at_state, mask=whole, other=0.0)
-    read = tl.where(seen, tl.sum(s * _direction(query, 0)[None, :], axis=1), 0.0)
-    new = _written(s, key, value, beta, decay, gate_bias, gate, gates, rows, UPDATE, TIED)
-    tl.store(after + at_state, tl.where(written[:, None], new, s), mask=whole)
-    tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=rows)
-
-
-@triton.jit
-def step_segments(
-    hidden,
-    in_proj,
-    gate_bias,
+    deltas,
     before,
     open_before,
     index,
@@ -796,132 +878,76 @@ def step_segments(
     closes,
     counts_before,
     stays_open,
+    writes,
     mask,
-    reads,
+    corrections,
     after,
     open_after,
+    scale,
     STATES: tl.constexpr,
     SIZE: tl.constexpr,
     RANK: tl.constexpr,
     R: tl.constexpr,
-    SLICE: tl.constexpr,
     UPDATE: tl.constexpr,
     TIED: tl.constexpr,
     PER_ROW: tl.constexpr,
-):
-    """`step` where the mean of each segment is written at its end. Grid: (STATES, batch).
-
-    Args:
-        open_before, open_after: sums of the open segments [batch, features - STATES * RANK].
-        index, member, ends, closes, counts_before, stays_open: [batch], of the `segments.SegmentPlan`, where
-            `counts_before` is called `open_before`.
-    """
-    state = tl.program_id(0)
-    row = tl.program_id(1)
-    width: tl.constexpr = STATES * RANK
-    i = tl.arange(0, R)
-    at = state * RANK + i
-    gate = at
-    gates = width
-    if not PER_ROW:
-        gate = state + i * 0
-        gates = STATES
-    hidden += row.to(tl.int64) * SIZE
-    inside = i < RANK
-    query, key_t, value_t, beta_t, decay_t = _project(
-        hidden, in_proj, at, at, gate, gates, inside, inside, width, SIZE, R, R, SLICE, TIED
-    )
-    features = 2 * width + gates
-    if not TIED:
-        features += gates
-    at_sum = row.to(tl.int64) * features
-    key = tl.load(open_before + at_sum + at, mask=inside, other=0.0)
-    value = tl.load(open_before + at_sum + width + at, mask=inside, other=0.0)
-    beta = tl.load(open_before + at_sum + 2 * width + gate, mask=inside, other=0.0)
-    decay = beta
-    if not TIED:
-        decay = tl.load(open_before + at_sum + 2 * width + gates + gate, mask=inside, other=0.0)
-    count = tl.load(counts_before + row)
-
-    at_state = (row.to(tl.int64) * STATES + state) * RANK * RANK + i[:, None] * RANK + i[None, :]
-    whole = inside[:, None] & inside[None, :]
-    s = tl.load(before + at_state, mask=whole, other=0.0)
-    n = tl.maximum(count, 1.0)
-    closed = _written(
-        s, key / n, value / n, beta / n, decay / n, gate_bias, gate, gates, inside, UPDATE, TIED
-    )
-    s = tl.where(tl.load(closes + row) != 0, closed, s)
-    seen = inside
-    if mask is not None:
-        seen = seen & (tl.load(mask + row + i * 0) != 0)
-    read = tl.where(seen, tl.sum(s * _direction(query, 0)[None, :], axis=1), 0.0)
-
-    goes_on = tl.load(index + row) == 0
-    joins = tl.load(member + row) != 0
-    # Selected, not multiplied: what lies under padding may be NaN.
-    key = tl.where(goes_on, key, 0.0) + tl.where(joins, key_t, 0.0)
-    value = tl.where(goes_on, value, 0.0) + tl.where(joins, value_t, 0.0)
-    beta = tl.where(goes_on, beta, 0.0) + tl.where(joins, beta_t, 0.0)
-    decay = tl.where(goes_on, decay, 0.0) + tl.where(joins, decay_t, 0.0)
-    n = tl.maximum(tl.where(goes_on, count, 0.0) + tl.where(joins, 1.0, 0.0), 1.0)
-    ended = _written(s, key / n, value / n, beta / n, decay / n, gate_bias, gate, gates, inside, UPDATE, TIED)
-    tl.store(after + at_state, tl.where(tl.load(ends + row) != 0, ended, s), mask=whole)
-    tl.store(reads + row * width + at, read.to(reads.dtype.element_ty), mask=inside)
-
-    open_still = tl.load(stays_open + row) != 0
-    tl.store(open_after + at_sum + at, tl.where(open_still, key, 0.0), mask=inside)
-    tl.store(open_after + at_sum + width + at, tl.where(open_still, value, 0.0), mask=inside)
-    once = inside
-    if not PER_ROW:
-        once = i == 0
-    at_gate = open_after + at_sum + 2 * width + gate
-    tl.store(at_gate, tl.where(open_still, beta, 0.0), mask=once)
-    if not TIED:
-        tl.store(at_gate + gates, tl.where(open_still, decay, 0.0), mask=once)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def add_product(
-    output,
-    x,
-    weight,
-    tokens,
-    size,
-    scale,
-    WIDTH: tl.constexpr,
-    W: tl.constexpr,
+    SIZES: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    N: tl.constexpr,
+    SLICE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """output + scale * x weightᵀ, rounded once. Grid: (blocks of BLOCK columns of the output, of N tokens).
+    """One token from a layer's input to its corrections. Grid: (STATES * R / ROWS + blocks, batch).
+
+    The first programs write: each has ROWS rows of a state. The others read: each has BLOCK numbers of a
+    head's correction. They need the key of a whole state, or the queries of all; to compute these again in
+    each program takes less time than one program for all would wait for memory, or than another launch.
 
     Args:
-        output: [tokens, size], where the result goes.
-        x: [tokens, WIDTH].
-        weight: [size, WIDTH].
-        W: WIDTH, padded to a power of two.
+        hidden: [batch, SIZE].
+        in_proj: [features, SIZE], the layer's projections, laid out as `Rule.sections`.
+        gate_bias: see `activation.activate`.
+        deltas: of each head [its size, STATES * RANK].
+        before, after: the state [batch, STATES, RANK, RANK].
+        open_before, open_after: under segment writes, the sums of the open segments [batch, features - D].
+        index, member, ends, closes, counts_before, stays_open: [batch], of the `segments.SegmentPlan`, where
+            `counts_before` is called `open_before`; None if tokens are written.
+        writes, mask: bool [batch], or None. Segments have a plan instead of `writes`.
+        corrections: of each head [batch, its size].
+        scale: of the corrections.
+        SIZES: of the heads.
+        IN_PLACE: the first head's correction is added to what is there.
+        PADDED: STATES, padded to a power of two.
+        ROWS, BLOCK: see above.
+        SLICE: numbers of SIZE in a tile. UNROLL: tiles that are loaded together.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.arange(0, W)
-    inside = (row < size)[:, None] & (j < WIDTH)[None, :]
-    weights = tl.load(weight + row[:, None] * WIDTH + j[None, :], mask=inside, other=0.0).to(tl.float32)
-    loaded = ()
-    for i in tl.static_range(N):
-        token = tl.program_id(1) * N + i
-        one = (
-            tl.load(x + token * WIDTH + j, mask=(j < WIDTH) & (token < tokens), other=0.0),
-            tl.load(output + token * size + row, mask=(row < size) & (token < tokens), other=0.0),
-        )
-        loaded = loaded + (one,)
-    for i in tl.static_range(N):
-        token = tl.program_id(1) * N + i
-        x_t, before = loaded[i]
-        after = before.to(tl.float32) + scale * tl.sum(weights * x_t.to(tl.float32)[None, :], axis=1)
-        to = output + token * size + row
-        tl.store(to, after.to(output.dtype.element_ty), mask=(row < size) & (token < tokens))
-
-
-@triton.jit
-def _product(weights, h):
-    """Products, float32, of weights in h's dtype, as a matrix product of that dtype has them."""
-    return weights.to(h.dtype).to(tl.float32) * h.to(tl.float32)
+    unit = tl.program_id(0)
+    row = tl.program_id(1)
+    gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
+    features: tl.constexpr = 2 * STATES * RANK + (gates if TIED else 2 * gates)  # that are written
+    hidden += row.to(tl.int64) * SIZE
+    seen = _is_set(mask, row)
+    sums = None
+    sums_after = None
+    count = None
+    close = None
+    if open_before is not None:
+        sums = open_before + row.to(tl.int64) * features
+        sums_after = open_after + row.to(tl.int64) * features
+        count = tl.load(counts_before + row)
+        close = tl.load(closes + row) != 0
+    writers: tl.constexpr = STATES * (R // ROWS)
+    if unit < writers:
+        _write_rows(
+            unit, row, hidden, in_proj, gate_bias, before,
+            sums, count, close, index, member, ends, stays_open, writes, seen, after, sums_after,
+            STATES, SIZE, RANK, R, UPDATE, TIED, PER_ROW, ROWS, SLICE, UNROLL,
+        )  # fmt: skip
+    else:
+        _correct(
+            unit - writers, row, hidden, in_proj, gate_bias, deltas,
+            before, sums, count, close, seen, corrections, scale,
+            STATES, SIZE, RANK, R, UPDATE, TIED, PER_ROW, SIZES, IN_PLACE, PADDED, BLOCK, SLICE, UNROLL,
+        )  # fmt: skip
