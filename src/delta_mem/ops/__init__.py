@@ -229,7 +229,7 @@ def step(
     if _learns(hidden, in_proj, gate_bias, state, *deltas):
         return None
     arguments = hidden, in_proj, gate_bias, deltas, scale, state, rule, writes, mask, output
-    return triton.step(*arguments) or cpu.step(*arguments)
+    return (triton if triton.runs_on(hidden) else cpu).step(*arguments)
 
 
 def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def step_segments(
     if _learns(hidden, in_proj, gate_bias, state, open_sum, *deltas):
         return None
     arguments = hidden, in_proj, gate_bias, deltas, scale, state, open_sum, rule, plan, mask, output
-    return triton.step_segments(*arguments) or cpu.step_segments(*arguments)
+    return (triton if triton.runs_on(hidden) else cpu).step_segments(*arguments)
 
 
 def close_segment(

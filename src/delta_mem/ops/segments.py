@@ -7,7 +7,8 @@ and that one made of the segment's mean.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -38,6 +39,12 @@ class SegmentPlan:
     stays_open: Tensor
     open_count: Tensor
     open_ids: Tensor
+
+    @functools.cached_property
+    def kind(self) -> tuple:
+        """Equal for plans whose tensors are of the same types, dtypes, shapes and devices."""
+        parts = [getattr(self, part.name) for part in fields(self)]
+        return tuple([(type(x), x.dtype, x.shape, x.get_device()) for x in parts])
 
 
 def plan(

@@ -41,7 +41,7 @@ def usable(tensors: Sequence[Tensor], rank: int) -> bool:
     """Whether `backend="auto"` may take this backend: on GPUs, unless torch wants derivatives of its own."""
     return (
         kernels is not None
-        and _runs_on(tensors[0])
+        and runs_on(tensors[0])
         and rank <= MAX_RANK
         and (torch.compiler.is_compiling() or (_PLAIN.issuperset(map(type, tensors)) and not _transformed()))
     )
@@ -62,7 +62,7 @@ def delta_rule(
         raise ImportError(
             f"backend 'triton' needs triton, which cannot be imported: {_problem}"
         ) from _problem
-    if not _runs_on(q):
+    if not runs_on(q):
         raise ValueError(f"backend 'triton' cannot compute on {q.device}; use 'auto' or 'chunked'")
     if q.shape[-1] > MAX_RANK:
         raise ValueError(
@@ -108,7 +108,7 @@ def step(
     output: Tensor | None,
 ) -> tuple[list[Tensor | None], Tensor] | None:
     """See `delta_mem.ops.step`."""
-    if not _runs_on(hidden) or _transformed():
+    if _transformed():
         return None
     tensors = hidden, in_proj, gate_bias, deltas, state, *(None,) * 7, writes, mask
     if torch.compiler.is_compiling() or _watched():
@@ -146,7 +146,7 @@ def step_segments(
     output: Tensor | None,
 ) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
     """See `delta_mem.ops.step_segments`."""
-    if not _runs_on(hidden) or _transformed():
+    if _transformed():
         return None
     planned = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
     tensors = hidden, in_proj, gate_bias, deltas, state, open_sum, *planned, None, mask
@@ -157,7 +157,8 @@ def step_segments(
             *tensors[:4], scale, state, open_sum, planned, *rule, mask
         )
         return corrections, after, open_after
-    key = rule, _alike(hidden, in_proj, gate_bias, deltas, state, output), *map(_seen, (*tensors[5:12], mask))
+    alike = _alike(hidden, in_proj, gate_bias, deltas, state, output)
+    key = rule, alike, plan.kind, _seen(open_sum), _seen(mask)
     launch = _steps.get(key)
     if launch is None:
         fits = _step_segments_fits(*tensors[:6], planned, rule, mask)
@@ -249,7 +250,8 @@ def _fit(x: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, *flags: Tensor
     )
 
 
-def _runs_on(x: Tensor) -> bool:
+def runs_on(x: Tensor) -> bool:
+    """Whether x is where these kernels compute."""
     return x.is_cuda or (INTERPRETED and x.is_cpu)
 
 
