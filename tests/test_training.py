@@ -519,6 +519,16 @@ def test_a_run_that_becomes_nan_stops_and_keeps_its_last_whole_checkpoint(tmp_pa
     assert names == ["checkpoint-1"]
 
 
+def test_no_cudnn_attention_while_a_run_lasts(tmp_path):
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    one, seen = trainer(tmp_path, episodes(4), max_steps=1), []
+    one.create_optimizer()
+    one.optimizer.register_step_post_hook(lambda *_: seen.append(allowed()))
+    assert allowed()
+    one.train()
+    assert seen == [False] and allowed()
+
+
 def weights(trained):
     return {name: tensor.detach().clone() for name, tensor in trained.memory_model.named_weights().items()}
 

@@ -189,6 +189,21 @@ class _Counted:
         return {**batch, "answer_tokens": answer_tokens(batch["read_mask"], batch["labels"])}
 
 
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Within it torch's attention does without cuDNN, for all threads.
+
+    On H100 and H200, in half precision, cuDNN gives NaN gradients for padded batches of some lengths (64
+    tokens are one) once a row's scores are all low: torch 2.11, pytorch issue 196678.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 class MemoryTrainer(Trainer):
     """Trains the adapter of a `DeltaMemModel` on episodes.
 
@@ -241,6 +256,11 @@ class MemoryTrainer(Trainer):
             processing_class,
             **kwargs,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but see `without_cudnn_attention`."""
+        with without_cudnn_attention():
+            return super().train(*args, **kwargs)
 
     # ---- the loss --------------------------------------------------------------------------------
 
