@@ -1,11 +1,12 @@
 """What δ-mem costs on this machine: `delta-mem bench`, and the tables in docs/performance.md.
 
 Everything is measured in alternation: in every round each variant runs once, so whatever else the machine
-does meets all of them, and a row is a ratio of medians, never one absolute time. Model rows are relative to
+does meets all of them, and what counts is the ratio within a round, never one absolute time. Model rows are relative to
 the frozen backbone (training rows to LoRA), operator rows to the first backend.
 
 A row is a dict: what was measured (`name`, `variant`), `seconds` (median), `low`, `high` (the fastest and the
-slowest round), `ratio`, and `bytes`: the most memory that was in use above what was in use before.
+slowest round), `ratio` (the median of the rounds' ratios), and `bytes`: the most memory that was in use above
+what was in use before.
 """
 
 from __future__ import annotations
@@ -65,16 +66,15 @@ def alternate(
             if round >= 0:
                 times[variant].append(elapsed)
                 peaks[variant] = max(peaks[variant], memory.bytes or 0)
-    base = statistics.median(next(iter(times.values())))
+    base = next(iter(times.values()))
     for variant, seconds in times.items():
-        median = statistics.median(seconds)
         yield {
             "name": name,
             "variant": variant,
-            "seconds": median,
+            "seconds": statistics.median(seconds),
             "low": min(seconds),
             "high": max(seconds),
-            "ratio": median / base,
+            "ratio": statistics.median(own / other for own, other in zip(seconds, base, strict=True)),
             "bytes": peaks[variant] or None,
         }
 
