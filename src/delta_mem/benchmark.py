@@ -1,8 +1,8 @@
 """What δ-mem costs on this machine: `delta-mem bench`, and the tables in docs/performance.md.
 
 Everything is measured in alternation: in every round each variant runs once, so whatever else the machine
-does meets all of them, and what counts is the ratio within a round, never one absolute time. Model rows are relative to
-the frozen backbone (training rows to LoRA), operator rows to the first backend.
+does meets all of them, and what counts is the ratio within a round, never one absolute time. Model rows are
+relative to the frozen backbone (training rows to LoRA), operator rows to the first backend.
 
 A row is a dict: what was measured (`name`, `variant`), `seconds` (median), `low`, `high` (the fastest and the
 slowest round), `ratio` (the median of the rounds' ratios), and `bytes`: the most memory that was in use above

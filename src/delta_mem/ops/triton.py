@@ -181,7 +181,7 @@ def _alike(
         gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
         *[(x.dtype, x.shape, x.get_device()) for x in deltas],
         type(state), state.dtype, state.shape, state.get_device(),
-        output if output is None else (type(output), output.dtype, output.shape, output.is_contiguous()),
+        _seen(output), output is not None and output.is_contiguous(),
     )  # fmt: skip
 
 
