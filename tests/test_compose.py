@@ -310,3 +310,57 @@ def test_autocast_does_not_reach_the_states():
         masked = model(IDS, memory=memory, write=torch.zeros_like(IDS, dtype=torch.bool)).logits
     torch.testing.assert_close(read_only, masked)
     assert all(state.dtype == torch.float32 for state in memory.layers.values())
+
+
+# ---- backbones that use their projections in ways of their own -----------------------------------
+
+
+def token_after_token(model, memory):
+    """The logits of the last of three tokens, each in a call of its own."""
+    cache = None
+    with torch.no_grad():
+        for token in IDS[:1, :3].split(1, 1):
+            out = model(token, memory=memory, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+    return out.logits, memory
+
+
+def asked_twice(attention):
+    attend = attention.forward
+
+    def forward(hidden_states, *args, **kwargs):
+        attention.q_proj(hidden_states)
+        return attend(hidden_states, *args, **kwargs)
+
+    attention.forward = forward
+
+
+def flat_output(attention):
+    project = attention.o_proj.forward
+    attention.o_proj.forward = lambda x: project(x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("change", [asked_twice, flat_output], ids=lambda change: change.__name__)
+def test_a_token_is_corrected_however_its_projections_are_used(change):
+    expected_model, model = seeded(backbone("qwen3")), seeded(backbone("qwen3"))
+    expected = token_after_token(expected_model, expected_model.new_memory())
+    change(model.backbone.model.layers[0].self_attn)
+    same(token_after_token(model, model.new_memory()), expected)
+
+
+def test_a_token_is_written_where_no_projection_is_asked():
+    model = seeded(backbone("qwen3"), dm.DeltaMemConfig(heads="k", init="random"))
+    model.backbone.model.layers[0].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    _, memory = token_after_token(model, model.new_memory())
+    assert memory.layers[0].abs().max() > 1e-3
+    assert memory.tokens_written.tolist() == [3]
+
+
+def test_other_hooks_and_autocast_change_no_dtype():
+    model = seeded(backbone("qwen3"))
+    seen = []
+    output = model.backbone.model.layers[0].self_attn.o_proj
+    output.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        token_after_token(model, model.new_memory())
+    assert seen == [torch.bfloat16] * 3

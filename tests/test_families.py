@@ -92,3 +92,41 @@ def test_generate_is_one_call_over_the_whole_sequence(family, write):
     assert memory.tokens_written.tolist() == [26] * 3
     for index, state in whole.layers.items():
         torch.testing.assert_close(memory.layers[index], state, atol=1e-4, rtol=1e-4)
+
+
+WAYS = {
+    "one kernel": {},
+    "half precision": dict(dtype=torch.bfloat16),
+    "traced": dict(trace=True),
+    "scaled": dict(trainable_scale="layer"),
+    "normed": dict(o_norm=True),
+    "mixed rows": dict(mixed=True),
+}
+
+
+@pytest.mark.parametrize("heads", [("q", "k", "v", "o"), ("o",), ("k", "v")], ids="".join)
+@pytest.mark.parametrize("way", WAYS)
+def test_token_by_token_is_all_at_once(family, way, heads):
+    options = dict(WAYS[way])
+    dtype, trace, mixed = (options.pop(name, None) for name in ("dtype", "trace", "mixed"))
+    if options.get("o_norm") and "o" not in heads:
+        pytest.skip("o is not corrected")
+    config = dm.DeltaMemConfig(heads=heads, init="random", init_gain=0.5, **options)
+    model = dm.DeltaMemModel(backbone(family).to(dtype or torch.float32), config)
+    rows, tokens = (3, 5) if mixed else (1, 5)
+    ids, write = IDS[:rows, :tokens], torch.tensor([True, False, True])[:rows, None].expand(-1, tokens)
+    one_by_one, whole, cache, found = model.new_memory(rows), model.new_memory(rows), None, []
+    for token, writes in zip(ids.split(1, 1), write.split(1, 1), strict=True):
+        note = dm.MemoryTrace() if trace else None
+        with torch.no_grad():
+            out = model(
+                token, memory=one_by_one, write=writes, past_key_values=cache, use_cache=True, trace=note
+            )
+        found.append(out.logits)
+        cache = out.past_key_values
+        assert not trace or note.corrections[0].keys() == set(heads)
+    expected = logits(model, ids, memory=whole, write=write)
+    tolerance = dict(atol=1e-4, rtol=1e-4) if dtype is None else dict(atol=0.3, rtol=0.1)
+    torch.testing.assert_close(torch.cat(found, 1), expected, **tolerance)
+    for index, state in whole.layers.items():
+        torch.testing.assert_close(one_by_one.layers[index], state, **tolerance)

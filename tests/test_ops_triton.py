@@ -309,6 +309,18 @@ def test_gradients_of_advance_checkpointed_twice_and_where_only_some_are_wanted(
 
 
 @needs_kernels
+@pytest.mark.parametrize("states, rank, batch", [(8, 4, 2), (1, 64, 1), (3, 5, 6), (1, 1, 1)], ids=str)
+def test_step_at_other_ranks(states, rank, batch):
+    rule = Rule(states, rank, "decay_outside", False, True)
+    z, bias, state, writes, mask = projected(rule, 1, batch, partly=True)
+    z = z.nan_to_num()
+    # So many inputs, of which each is a projection.
+    weight = torch.eye(z.shape[2], device=DEVICE)
+    expected = ops.advance(z.double(), bias.double(), state.double(), rule, writes, mask, backend="naive")
+    check_step((z, weight, bias), (state, rule, writes, mask), expected)
+
+
+@needs_kernels
 @pytest.mark.parametrize("tied, per_row", [(True, True), (False, False)], ids=("tied-rows", "untied-states"))
 @pytest.mark.parametrize("update", RULES)
 def test_steps_of_segments(update, tied, per_row):

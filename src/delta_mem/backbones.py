@@ -36,21 +36,27 @@ CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 
 
 class Reading(NamedTuple):
-    """What the projections of an attention module are to be corrected by; one of the last three is there.
+    """What the projections of an attention module are to be corrected by.
 
     Attributes:
         adapter: the layer's.
         call: the forward pass.
-        hidden: the attention module's input, [batch, 1, hidden], of a token that has not been read yet.
-        reads: [batch, tokens, D].
-        corrections: {head: [batch, 1, size]} of one token; None for a head that has been corrected.
+        hidden: the attention module's input.
+        reads: [batch, tokens, D]; None until it is read.
+        corrections: instead of reads, of one token: {head: [batch, 1, size]}, None for the first head if the
+            kernel has corrected it.
     """
 
     adapter: DeltaMemory
     call: MemoryCall
-    hidden: Tensor | None = None
+    hidden: Tensor
     reads: Tensor | None = None
     corrections: dict[str, Tensor | None] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing has been read yet."""
+        return self.reads is None and self.corrections is None
 
 
 class _Here(threading.local):
@@ -299,7 +305,7 @@ class MemoryCall:
 
     def measure(self, index: int, adapter: DeltaMemory, head: str, reads: Tensor, output: Tensor) -> None:
         """Notes for the trace how large the correction of `head` by `reads` is beside `output`."""
-        output, mask = output.flatten(2), self._plan_on(output.device).mask
+        output, mask = output.view(*reads.shape[:2], -1), self._plan_on(output.device).mask
         with torch.no_grad():
             # Corrected zeros, not the difference of two outputs: in bfloat16 that would be mostly rounding.
             correction = adapter.correct(head, reads, torch.zeros_like(output))
@@ -408,57 +414,61 @@ class LayerHooks:
         _here.reading = None
         if call is not None and adapter is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            if call.one_token:
-                _here.reading = Reading(adapter, call, hidden)
-            else:
-                _here.reading = Reading(adapter, call, reads=call.take(self.layer.index, adapter, hidden))
+            reads = None if call.one_token else call.take(self.layer.index, adapter, hidden)
+            _here.reading = Reading(adapter, call, hidden, reads)
         return args, kwargs
 
     def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
+        reading = _here.reading
         _here.reading = None
+        if output is not None and reading is not None and reading.waits:
+            # No projection asked for the token, which is written all the same.
+            reading.call.take(self.layer.index, reading.adapter, reading.hidden)
 
     def after_projection(
         self, views: dict[str, View], module: nn.Module, args: tuple, output: Tensor
     ) -> Tensor:
         """Corrects the heads of one projection, whose outputs `views` pick."""
-        reading = _here.reading
+        reading, corrected = _here.reading, None
         if reading is None or reading.adapter is not self.adapter:
             return output
         # In place where nobody looks: with gradients autograd does, and other hooks may keep what they saw.
         in_place = len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
-        if reading.hidden is not None:
-            whole = in_place and views.get(self.adapter.config.heads[0]) is _whole
-            reading = self.read_token(reading, output if whole else None)
+        if reading.waits:
+            first = self.adapter.config.heads[0]
+            offered = output if in_place and views.get(first) is _whole else None
+            reading = self.read_token(reading, offered)
+            if reading.corrections is not None and reading.corrections[first] is None:
+                corrected = first
         _here.reading = None if "o" in views else reading
         if not in_place and _whole not in views.values():
             output = output.clone()  # parts of it are written below
         for head, view in views.items():
-            part = output if view is _whole else view(output, -1)
-            corrected = self.correct(reading, head, part, in_place)
-            if view is _whole:
-                output = corrected
-            elif corrected is not part:
-                part.copy_(corrected)
+            if view is not _whole:
+                part = view(output, -1)
+                part.copy_(self.correct(reading, head, part.flatten(2), in_place=False).view(part.shape))
+            elif head != corrected:
+                output = self.correct(reading, head, output, in_place)
         return output
 
     def read_token(self, reading: Reading, output: Tensor | None) -> Reading:
         """Reads and writes the token left for the first projection, whose `output` may be corrected."""
-        adapter, call, hidden = reading[:3]
+        adapter, call, hidden, *_ = reading
         corrections = call.step(self.layer.index, adapter, hidden, output)
         if corrections is not None:
-            return Reading(adapter, call, corrections=corrections)
-        return Reading(adapter, call, reads=call.take(self.layer.index, adapter, hidden))
+            return reading._replace(corrections=corrections)
+        return reading._replace(reads=call.take(self.layer.index, adapter, hidden))
 
     def correct(self, reading: Reading, head: str, output: Tensor, in_place: bool) -> Tensor:
-        """`output` of one head's projection, corrected."""
-        adapter, call, _, reads, corrections = reading
+        """`output` of one head's projection, [batch, tokens, size] or [batch * tokens, size], corrected."""
+        adapter, call, hidden, reads, corrections = reading
         if corrections is not None:
             correction = corrections[head]
-            if correction is None:
-                return output
-            correction = correction.view(output.shape)
-            return output.add_(correction) if in_place else output + correction
-        flat = output.flatten(2)
+            if correction is not None:
+                correction = correction.view(output.shape)
+                return output.add_(correction) if in_place else output + correction.to(output.dtype)
+            # The kernel has corrected what this projection gave before, and now it is asked again.
+            reads = call.take(self.layer.index, adapter, hidden)
         if call.trace is not None and call.trace.measure_corrections:
-            call.measure(self.layer.index, adapter, head, reads, flat)
-        return adapter.correct(head, reads, flat, in_place).view(output.shape)
+            call.measure(self.layer.index, adapter, head, reads, output)
+        return adapter.correct(head, reads, output, in_place)

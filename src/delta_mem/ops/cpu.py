@@ -52,7 +52,7 @@ WORTH_A_THREAD = 1 << 20
 FEW = 4
 
 # Corrected projections of one layer, at most: q, k, v, o.
-HEADS = 4
+MAX_HEADS = 4
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -267,7 +267,7 @@ def _one_token(
     if (
         hidden.ndim != 3
         or rule.rank > MAX_RANK
-        or not 0 < len(deltas) <= HEADS
+        or not 0 < len(deltas) <= MAX_HEADS
         or not _are_plain_float32((hidden, in_proj, gate_bias, state, *deltas))
     ):
         return None
@@ -300,7 +300,7 @@ def _one_token(
         if not heads:
             heads.append(0)
         heads += delta.data_ptr(), correction.data_ptr(), count
-    heads += (0,) * (1 + 3 * HEADS - len(heads))
+    heads += (0,) * (1 + 3 * MAX_HEADS - len(heads))
     room, after = hidden.new_empty(batch * (features + width)), torch.empty_like(state)
     z = room.data_ptr()
     addresses = (

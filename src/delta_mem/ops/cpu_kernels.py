@@ -777,7 +777,7 @@ def _make_advance_segments(rank, dtype):
 
 
 # The arguments of one token's kernels are flat: to unpack tuples takes longer than such a kernel.
-_HEADS = (types.float64, *(_INT,) * 13)
+_HEAD_TYPES = (types.float64, *(_INT,) * 13)
 
 
 def _make_step(rank, dtype):
@@ -808,7 +808,7 @@ def _make_step(rank, dtype):
         heads = (q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o)
         _correct_all(like, reads, states * rank, batch, scale, add, *heads)
 
-    return step, ((_INT,) * 17 + _HEADS)
+    return step, ((_INT,) * 17 + _HEAD_TYPES)
 
 
 def _make_step_segments(rank, dtype):
@@ -830,7 +830,7 @@ def _make_step_segments(rank, dtype):
         heads = (q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o)
         _correct_all(like, reads, states * rank, batch, scale, add, *heads)
 
-    return step_segments, ((_INT,) * 23 + _HEADS)
+    return step_segments, ((_INT,) * 23 + _HEAD_TYPES)
 
 
 def _make_plan_segments(_, dtype):

@@ -118,7 +118,7 @@ def step(
         return corrections, after
     # Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
     # that the kernel relies on is in it; `_Step` sees to the strides.
-    key = rule, _alike(hidden, in_proj, gate_bias, deltas, state, output), _seen(writes), _seen(mask)
+    key = rule, _kinds(hidden, in_proj, gate_bias, deltas, state, output), _kind(writes), _kind(mask)
     launch = _steps.get(key)
     if launch is None:
         fits = _step_fits(*tensors[:5], rule, (writes, mask))
@@ -157,8 +157,8 @@ def step_segments(
             *tensors[:4], scale, state, open_sum, planned, *rule, mask
         )
         return corrections, after, open_after
-    alike = _alike(hidden, in_proj, gate_bias, deltas, state, output)
-    key = rule, alike, plan.kind, _seen(open_sum), _seen(mask)
+    kinds = _kinds(hidden, in_proj, gate_bias, deltas, state, output)
+    key = rule, kinds, plan.kind, _kind(open_sum), _kind(mask)
     launch = _steps.get(key)
     if launch is None:
         fits = _step_segments_fits(*tensors[:6], planned, rule, mask)
@@ -166,7 +166,7 @@ def step_segments(
     return launch(tensors, output, scale) if launch else None
 
 
-def _alike(
+def _kinds(
     hidden: Tensor,
     in_proj: Tensor,
     gate_bias: Tensor,
@@ -174,18 +174,19 @@ def _alike(
     state: Tensor,
     output: Tensor | None,
 ) -> tuple:
-    """Equal for tensors of one token that one `_Step` serves."""
+    """The `_kind` of each, written out: this is asked for every layer and token."""
     return (
         type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
         type(in_proj), in_proj.dtype, in_proj.shape, in_proj.get_device(),
-        gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
-        *[(x.dtype, x.shape, x.get_device()) for x in deltas],
+        type(gate_bias), gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
+        *[(type(x), x.dtype, x.shape, x.get_device()) for x in deltas],
         type(state), state.dtype, state.shape, state.get_device(),
-        _seen(output), output is not None and output.is_contiguous(),
+        _kind(output), output is not None and output.is_contiguous(),
     )  # fmt: skip
 
 
-def _seen(x: Tensor | None) -> tuple | None:
+def _kind(x: Tensor | None) -> tuple | None:
+    """What a launch needs to know of a tensor, but for its address and strides."""
     return x if x is None else (type(x), x.dtype, x.shape, x.get_device())
 
 
