@@ -220,7 +220,8 @@ def step(
         gate_bias, state, rule, writes, mask: as in `advance`.
         deltas: of each head [its size, states * rank]; used in hidden's dtype.
         scale: the correction of a head is scale * delta m, m being the token's read.
-        output: [batch, 1, size of the first head], which its correction may be added to, in place.
+        output: [batch, 1, size of the first head], which its correction may be added to, in place. One that
+            no kernel can add to is left as it is.
 
     Returns:
         The corrections [batch, 1, size of the head] in hidden's dtype, the first of them None if it has been
@@ -228,6 +229,7 @@ def step(
     """
     if _learns(hidden, in_proj, gate_bias, state, *deltas):
         return None
+    output = output if _takes_correction(output, hidden, deltas) else None
     arguments = hidden, in_proj, gate_bias, deltas, scale, state, rule, writes, mask, output
     return (triton if triton.runs_on(hidden) else cpu).step(*arguments)
 
@@ -316,6 +318,7 @@ def step_segments(
     """
     if _learns(hidden, in_proj, gate_bias, state, open_sum, *deltas):
         return None
+    output = output if _takes_correction(output, hidden, deltas) else None
     arguments = hidden, in_proj, gate_bias, deltas, scale, state, open_sum, rule, plan, mask, output
     return (triton if triton.runs_on(hidden) else cpu).step_segments(*arguments)
 
@@ -327,6 +330,19 @@ def close_segment(
     mean = open_sum / count.clamp(min=1).unsqueeze(1)
     z = F.pad(mean, (rule.num_states * rule.rank, 0)).unsqueeze(1)  # nobody reads
     return advance(z, gate_bias, state, rule, rows.unsqueeze(1))[1]
+
+
+def _takes_correction(output: Tensor | None, hidden: Tensor, deltas: tuple[Tensor, ...]) -> bool:
+    """Whether a kernel may add the first head's correction to `output` as it lies in memory."""
+    return (
+        output is not None
+        and len(deltas) > 0
+        and type(output) is Tensor
+        and output.shape == (*hidden.shape[:1], 1, *deltas[0].shape[:1])
+        and output.dtype is hidden.dtype
+        and output.device == hidden.device
+        and output.is_contiguous()
+    )
 
 
 def _learns(*tensors: Tensor) -> bool:

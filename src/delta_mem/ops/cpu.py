@@ -285,22 +285,14 @@ def _one_token(
         or not (mask is None or _are_flags(mask, batch, 1))
     ):
         return None
-    corrections: list[Tensor | None] = []
-    heads = []
-    for delta in deltas:
-        count = delta.shape[0]
-        if delta.shape != (count, width):
-            return None
-        if not heads and output is not None and output.shape == (batch, 1, count) and _is_like(output, delta):
-            corrections.append(None)
-            heads += 1, delta.data_ptr(), output.data_ptr(), count
-            continue
-        correction = hidden.new_empty(batch, 1, count)
-        corrections.append(correction)
-        if not heads:
-            heads.append(0)
-        heads += delta.data_ptr(), correction.data_ptr(), count
-    heads += (0,) * (1 + 3 * MAX_HEADS - len(heads))
+    if not all(delta.shape == (len(delta), width) for delta in deltas):
+        return None
+    corrections = [hidden.new_empty(batch, 1, len(delta)) for delta in deltas[output is not None :]]
+    to = corrections if output is None else [output, *corrections]
+    heads = [int(output is not None)]
+    for delta, y in zip(deltas, to, strict=True):
+        heads += delta.data_ptr(), y.data_ptr(), len(delta)
+    heads += (0, 0, 0) * (MAX_HEADS - len(deltas))
     room, after = hidden.new_empty(batch * (features + width)), torch.empty_like(state)
     z = room.data_ptr()
     addresses = (
@@ -308,11 +300,8 @@ def _one_token(
         z, z + 4 * batch * features, after.data_ptr(),
         0 if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0),
     )  # fmt: skip
-    return kernel, addresses, heads, (corrections, after), flags, (batch, states, size), room
-
-
-def _is_like(x: Tensor, y: Tensor) -> bool:
-    return x.dtype is y.dtype and x.is_cpu and x.is_contiguous() and type(x) in _PLAIN
+    results = (corrections if output is None else [None, *corrections]), after
+    return kernel, addresses, heads, results, flags, (batch, states, size), room
 
 
 @functools.cache

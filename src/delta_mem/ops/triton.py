@@ -112,24 +112,12 @@ def step(
         return None
     tensors = hidden, in_proj, gate_bias, deltas, state, *(None,) * 7, writes, mask
     if torch.compiler.is_compiling() or _watched():
-        if not _step_fits(*tensors[:5], rule, (writes, mask)):
+        if not _step_fits(tensors, rule):
             return None
         after, *corrections = torch.ops.delta_mem.step(*tensors[:4], scale, state, *rule, writes, mask)
         return corrections, after
-    # Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
-    # that the kernel relies on is in it; `_Step` sees to the strides.
-    key = rule, _kinds(hidden, in_proj, gate_bias, deltas, state, output), _kind(writes), _kind(mask)
-    launch = _steps.get(key)
-    if launch is None:
-        fits = _step_fits(*tensors[:5], rule, (writes, mask))
-        launch = _steps[key] = fits and _Step(tensors, output, rule)
-    if not launch:
-        return None
-    corrections, after, _ = launch(tensors, output, scale)
-    return corrections, after
-
-
-_steps: dict[tuple, "_Step | bool"] = {}
+    results = _launched(tensors, output, scale, rule, (_kind(writes),))
+    return results and results[:2]
 
 
 def step_segments(
@@ -151,38 +139,44 @@ def step_segments(
     planned = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
     tensors = hidden, in_proj, gate_bias, deltas, state, open_sum, *planned, None, mask
     if torch.compiler.is_compiling() or _watched():
-        if not _step_segments_fits(*tensors[:6], planned, rule, mask):
+        if not _step_fits(tensors, rule):
             return None
         after, open_after, *corrections = torch.ops.delta_mem.step_segments(
             *tensors[:4], scale, state, open_sum, planned, *rule, mask
         )
         return corrections, after, open_after
-    kinds = _kinds(hidden, in_proj, gate_bias, deltas, state, output)
-    key = rule, kinds, plan.kind, _kind(open_sum), _kind(mask)
-    launch = _steps.get(key)
-    if launch is None:
-        fits = _step_segments_fits(*tensors[:6], planned, rule, mask)
-        launch = _steps[key] = fits and _Step(tensors, output, rule)
-    return launch(tensors, output, scale) if launch else None
+    return _launched(tensors, output, scale, rule, (plan.kind, _kind(open_sum)))
 
 
-def _kinds(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    state: Tensor,
-    output: Tensor | None,
-) -> tuple:
-    """The `_kind` of each, written out: this is asked for every layer and token."""
-    return (
+def _launched(
+    tensors: tuple, output: Tensor | None, scale: float, rule: Rule, kinds: tuple
+) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
+    """What `_Step` gives for these tensors, or None.
+
+    Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
+    that the kernel relies on is in the key; `_Step` sees to the strides.
+
+    Args:
+        tensors: the kernel's inputs.
+        kinds: of those that not every layer and token has.
+    """
+    hidden, in_proj, gate_bias, deltas, state = tensors[:5]
+    key = (
+        rule, kinds, _kind(tensors[-1]), output is None,
+        # `_kind` of each, written out.
         type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
         type(in_proj), in_proj.dtype, in_proj.shape, in_proj.get_device(),
         type(gate_bias), gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
         *[(type(x), x.dtype, x.shape, x.get_device()) for x in deltas],
         type(state), state.dtype, state.shape, state.get_device(),
-        _kind(output), output is not None and output.is_contiguous(),
     )  # fmt: skip
+    launch = _steps.get(key)
+    if launch is None:
+        launch = _steps[key] = _step_fits(tensors, rule) and _Step(tensors, output, rule)
+    return launch(tensors, output, scale) if launch else None
+
+
+_steps: dict[tuple, "_Step | bool"] = {}
 
 
 def _kind(x: Tensor | None) -> tuple | None:
@@ -190,45 +184,30 @@ def _kind(x: Tensor | None) -> tuple | None:
     return x if x is None else (type(x), x.dtype, x.shape, x.get_device())
 
 
-def _step_fits(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    state: Tensor,
-    rule: Rule,
-    flags: tuple[Tensor | None, ...],
-) -> bool:
+def _step_fits(tensors: tuple, rule: Rule) -> bool:
+    """Whether a `_Step` takes these inputs of the kernel."""
+    hidden, in_proj, gate_bias, deltas, state, open_sum, *planned, writes, mask = tensors
+    width = rule.num_states * rule.rank
     return (
         usable((hidden, in_proj, gate_bias, state, *deltas), rule.rank)
         and hidden.ndim == 3
         and hidden.shape[1] == 1
-        and 0 < hidden.shape[0] * rule.num_states * rule.rank <= MAX_QUERIES
+        and 0 < hidden.shape[0] * width <= MAX_QUERIES
         and hidden.shape[2] > 0
+        and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and in_proj.device == hidden.device
         and in_proj.shape == (sum(rule.sections.values()), hidden.shape[2])
         and len(deltas) > 0
         and all(x.device == hidden.device and x.dtype == deltas[0].dtype for x in deltas)
-        and all(x.ndim == 2 and x.shape[1] == rule.num_states * rule.rank for x in deltas)
-        and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and _fit(hidden, gate_bias, state, rule, *flags)
+        and all(x.ndim == 2 and x.shape[1] == width for x in deltas)
+        and _fit(hidden, gate_bias, state, rule, writes, mask)
+        and (open_sum is None or _segments_fit(hidden, open_sum, planned, len(in_proj) - width))
     )
 
 
-def _step_segments_fits(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    state: Tensor,
-    open_sum: Tensor,
-    planned: tuple[Tensor, ...],
-    rule: Rule,
-    mask: Tensor | None,
-) -> bool:
+def _segments_fit(hidden: Tensor, open_sum: Tensor, planned: Sequence[Tensor], features: int) -> bool:
     return (
-        _step_fits(hidden, in_proj, gate_bias, deltas, state, rule, (mask,))
-        and open_sum.shape == (hidden.shape[0], in_proj.shape[0] - rule.num_states * rule.rank)
+        open_sum.shape == (hidden.shape[0], features)
         and open_sum.dtype == torch.float32
         and all(x.device == hidden.device for x in (open_sum, *planned))
         and all(x.numel() == hidden.shape[0] for x in planned)
@@ -481,14 +460,7 @@ class _Step:
         hidden, _, _, deltas, state, open_sum, *_ = tensors
         batch, _, size = hidden.shape
         sizes = tuple(len(delta) for delta in deltas)
-        self.in_place = (
-            output is not None
-            and type(output) in _PLAIN
-            and output.shape == (batch, 1, sizes[0])
-            and output.dtype == hidden.dtype
-            and output.device == hidden.device
-            and output.is_contiguous()
-        )
+        self.in_place = output is not None
         self.corrections = [(batch, 1, n) for n in sizes[self.in_place :]]
         R = _cut(batch, rule.num_states, rule.rank).padded
         padded = 1 << (rule.num_states - 1).bit_length()
