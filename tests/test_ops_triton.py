@@ -261,6 +261,22 @@ def test_gradients_of_advance(update, tied, per_row, states, rank, partly, chunk
 
 
 @needs_kernels
+@pytest.mark.parametrize("partly", (False, True), ids=("all tokens", "masked"))
+def test_reading_alone_with_gradients(partly, chunks_of):
+    chunks_of(8)
+    rule = Rule(2, 5)
+    z, bias, state, _, mask = projected(rule, 20, 2, partly)
+    wide = z.double() if mask is None else z.double().masked_fill(~mask[..., None], 0)
+    weights, results = torch.randn(2, 20, 2, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE), []
+    for tensors in ((z, bias, state), (wide, bias.double(), state.double())):
+        values = [x.detach().requires_grad_() for x in tensors]
+        reads = ops.read(*values, rule, mask)
+        results.append((reads, *torch.autograd.grad(reads, values[::2], weights.to(reads))))
+        assert ("_Advance" in type(reads.grad_fn).__name__) == (len(results) == 1)
+    assert_close(*results)
+
+
+@needs_kernels
 @pytest.mark.parametrize("states, rank", [(1, 1), (8, 4), (1, 16), (2, 33)], ids=str)
 def test_gradients_of_advance_at_other_ranks(states, rank):
     rule = Rule(states, rank, "decay_outside", False, True)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import delta_mem as dm
+from delta_mem.backbones import MemoryCall
 from delta_mem.training import (
     EpisodeCollator,
     EpisodeObjective,
@@ -181,6 +182,16 @@ def test_a_call_that_only_reads_leaves_no_gates_in_a_trace():
     model(torch.arange(3, 12)[None], trace=trace)
     model(torch.arange(3, 7)[None], write=False, trace=trace)
     assert trace.gates == {} and trace.written.shape == (1, 4) and not trace.written.any()
+
+
+def test_a_second_forward_of_checkpointing_measures_nothing(monkeypatch):
+    measured, measure = [], MemoryCall.measure
+    monkeypatch.setattr(MemoryCall, "measure", lambda *args: (measured.append(args[3]), measure(*args)))
+    model = new_model()
+    model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.arange(3, 12)[None]
+    model(ids, labels=ids, use_cache=False, trace=dm.MemoryTrace()).loss.backward()
+    assert measured == ["q", "o"] * 2
 
 
 # ---- the objective -------------------------------------------------------------------------------
@@ -681,6 +692,21 @@ def test_gradient_checkpointing_and_chunks_change_nothing(tmp_path):
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     for name, tensor in results[0][1].items():
         close(tensor, results[1][1][name], 1e-4)
+
+
+@pytest.mark.parametrize(("history", "computed_again"), [(40, 2), (4, 3), (3, 4)])
+def test_questions_keep_the_activations_that_writing_has_room_for(history, computed_again):
+    model = new_model()
+    model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    episode = {"write_ids": list(range(3, 3 + history)), "write_segments": [0] * history}
+    batch = batch_of([episode | {"query_ids": [[5, 6, 7, 8]], "answer_ids": [[9, 10]]}])
+    loss, _ = plain()(model, batch)
+    forwards = []
+    for layer in model.backbone.model.layers:
+        assert layer.gradient_checkpointing
+        layer.self_attn.register_forward_pre_hook(lambda *_: forwards.append(1))
+    loss.backward()
+    assert len(forwards) == computed_again  # of four: two layers, writing and reading
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])

@@ -309,11 +309,15 @@ class MemoryCall:
         with torch.no_grad():
             # Corrected zeros, not the difference of two outputs: in bfloat16 that would be mostly rounding.
             correction = adapter.correct(head, reads, torch.zeros_like(output))
-            norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (correction, output)]
-            if mask is not None:
-                norms = [norm.masked_fill(~mask, 0) for norm in norms]
-            size, whole = (torch.linalg.vector_norm(norm) for norm in norms)
+            size = torch.linalg.vector_norm(correction, dtype=torch.float32)  # padding reads nothing
+            whole = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)
+            whole = torch.linalg.vector_norm(whole if mask is None else whole.masked_fill(~mask, 0))
         self.corrections.setdefault(index, {})[head] = size / whole.clamp(min=1e-12)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the trace wants to know the sizes of corrections; checkpointing's second forward does not."""
+        return self.trace is not None and self.trace.measure_corrections and self.left is not None
 
     def _plan_on(self, device: torch.device) -> WritePlan:
         if device == self.memory.tokens_written.device:
@@ -469,6 +473,6 @@ class LayerHooks:
                 return output.add_(correction) if in_place else output + correction.to(output.dtype)
             # The kernel has corrected what this projection gave before, and now it is asked again.
             reads = call.take(self.layer.index, adapter, hidden)
-        if call.trace is not None and call.trace.measure_corrections:
+        if call.measures:
             call.measure(self.layer.index, adapter, head, reads, output)
         return adapter.correct(head, reads, output, in_place)

@@ -263,11 +263,26 @@ def decode(
 def training_step(
     frozen: nn.Module, device: str, write: int, read: int, rounds: int, checkpointing: bool = True
 ) -> Iterator[Row]:
-    """Forward and backward of one example: `write` tokens of history, `read` of answer.
+    """Forward and backward of one episode: `write` tokens of history, `read` of question and answer.
 
-    LoRA, which has no memory, reads both as one sequence; the loss is on the last `read` tokens.
+    δ-mem's is the trainer's objective, with the metrics that it logs. LoRA, which has no memory, reads both as
+    one sequence. The loss is on all but the first of the last `read` tokens.
     """
+    from .training import EpisodeObjective
+
     history, answer = _ids(frozen, device, 1, write + read).split([write, read], 1)
+    labels = answer.clone()
+    labels[:, 0] = -100
+    episode = {
+        "write_ids": history,
+        "write_mask": torch.ones_like(history),
+        "write_segments": torch.zeros_like(history),
+        "read_ids": answer,
+        "read_mask": torch.ones_like(answer),
+        "labels": labels,
+        "read_rows": torch.zeros_like(answer[:, 0]),
+        "answer_tokens": read - 1,
+    }
 
     def prepare(model: nn.Module, backbone: nn.Module) -> nn.Module:
         model.train()
@@ -276,13 +291,11 @@ def training_step(
         return model
 
     def memory_step(config: DeltaMemConfig) -> Callable[[], None]:
-        own = with_memory(frozen, config)
+        own, objective = with_memory(frozen, config), EpisodeObjective()
         model = prepare(own, own.backbone)
 
         def call() -> None:
-            memory = model.new_memory()
-            model(history, memory=memory, use_cache=False, logits_to_keep=1)
-            model(answer, memory=memory, write=False, labels=answer, use_cache=False).loss.backward()
+            objective(model, episode)[0].backward()
             model.zero_grad(set_to_none=True)
 
         return call

@@ -183,12 +183,8 @@ def advance(
     Returns:
         The reads [batch, tokens, states, rank], and the state after the last token.
     """
-    ways = DIFFERENTIABLE if _learns(z, gate_bias, state) else FUSED
-    for name, fused in ways.items():
-        if backend in ("auto", name):
-            results = fused(z, gate_bias, state, rule, writes, mask)
-            if results is not None:
-                return results
+    if (results := _fused(z, gate_bias, state, rule, writes, mask, backend)) is not None:
+        return results
     inputs = activate(z, gate_bias, rule)
     if writes is not None:
         held = ~writes[..., None, None]
@@ -198,6 +194,25 @@ def advance(
             write=inputs.write.masked_fill(held, 0),
         )
     return delta_rule(*inputs, state, mask, backend=backend)
+
+
+def _fused(
+    z: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    rule: Rule,
+    writes: Tensor | None,
+    mask: Tensor | None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor] | None:
+    """`advance` in one go, or None where nothing does it."""
+    ways = DIFFERENTIABLE if _learns(z, gate_bias, state) else FUSED
+    for name, fused in ways.items():
+        if backend in ("auto", name):
+            results = fused(z, gate_bias, state, rule, writes, mask)
+            if results is not None:
+                return results
+    return None
 
 
 def step(
@@ -246,11 +261,9 @@ def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
 
 def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor | None = None) -> Tensor:
     """The reads of `advance`, where no token writes."""
-    if z.is_cpu and not _learns(z, state):
-        nobody = torch.zeros((), dtype=torch.bool, device=z.device).expand(z.shape[:2])
-        results = cpu.advance(z, gate_bias, state, rule, nobody, mask)
-        if results is not None:
-            return results[0]
+    nobody = torch.zeros((), dtype=torch.bool, device=z.device).expand(z.shape[:2])
+    if (results := _fused(z, gate_bias, state, rule, nobody, mask)) is not None:
+        return results[0]
     with torch.autocast(z.device.type, enabled=False):
         query = direction(z[..., : rule.num_states * rule.rank], rule)
         reads = torch.einsum("bhij,bthj->bthi", state, query)

@@ -14,18 +14,25 @@ processes and accumulation steps.
 A long history is written in chunks. A token attends within its chunk; the state carries the rest. Chunks
 that get gradients are checkpointed as a whole, but the last: their activations are not kept but
 computed again, so that a history takes the memory of one chunk and the states between chunks.
+
+Where the backbone's layers are checkpointed too (`gradient_checkpointing`), questions, which are short, keep
+the activations of its last layers: as many as take no more memory than one layer's backward pass over a
+chunk, which is about half as much again as that layer's activations.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..memory import MemoryTrace
 from ..model import DeltaMemModel
@@ -155,7 +162,7 @@ class EpisodeObjective:
         show = drawn(self.show_history)
         write = self.write_questions > 0 and drawn(self.write_questions) and not show
         memory, gates = self.write_history(model, batch)
-        norms = [state.detach().flatten(1).norm(dim=1) for state in memory.layers.values()]
+        gates, norms = gates.to(device), _stack(memory.layers.values(), device).detach().flatten(2).norm(dim=2)
         if show:
             draws = torch.rand(first_row + rows, generator=generator)[first_row:]
             memory = _cleared(memory, draws < self.clear_memory)
@@ -163,7 +170,10 @@ class EpisodeObjective:
         answers = batch.get("answer_tokens") or answer_tokens(batch["read_mask"], batch["labels"])
         trace = MemoryTrace()
         options = dict(memory=memory.select(batch["read_rows"]), write=write, trace=trace)
-        logits, labels = _answer_logits(model, batch, "context" if show else "read", answers, **options)
+        kind = "context" if show else "read"
+        written = rows * min(batch["write_ids"].shape[1], self.write_chunk or sys.maxsize)
+        with _keeping_activations(model, 3 * written // (2 * batch[f"{kind}_ids"].numel())):
+            logits, labels = _answer_logits(model, batch, kind, answers, **options)
         corrections = [size for heads in trace.corrections.values() for size in heads.values()]
 
         def total(values: Tensor) -> Tensor:
@@ -171,17 +181,16 @@ class EpisodeObjective:
             sums = values.masked_fill(labels == -100, 0).sum(1)
             return sums.new_zeros(rows).index_add(0, batch["read_rows"], sums)
 
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         tokens = total(torch.ones_like(losses))
         sums = {
             "tokens": tokens,
             "answer_loss": total(losses),
             "answer_accuracy": total((logits.argmax(-1) == labels).float()),
-            "gate": tokens * _mean(gates, device).detach(),
-            "sparsity_loss": tokens
-            * _mean([(gate - self.sparsity_target).square() for gate in gates], device),
-            "state_norm": tokens * _mean(norms, device),
-            "correction": tokens * _mean(corrections, device),
+            "gate": tokens * gates.mean(0).detach(),
+            "sparsity_loss": tokens * (gates - self.sparsity_target).square().mean(0),
+            "state_norm": tokens * norms.mean(0),
+            "correction": tokens * _stack(corrections, device).mean(),
         }
         loss = sums["answer_loss"]
         if self.distill_weight:
@@ -195,8 +204,8 @@ class EpisodeObjective:
 
     def write_history(
         self, model: DeltaMemModel, batch: Mapping[str, Tensor]
-    ) -> tuple[MemoryState, list[Tensor]]:
-        """The memory after the histories, and for each layer the mean write gate of each row, [B]."""
+    ) -> tuple[MemoryState, Tensor]:
+        """The memory after the histories, and the mean write gates, [layers, B]."""
         ids, mask = batch["write_ids"], batch["write_mask"].bool()
         segments = batch["write_segments"]
         if ids.shape[1] == 0:  # one padding token: all weights stay part of the graph
@@ -228,9 +237,7 @@ class EpisodeObjective:
             sums.append(gates)
             counts.append(count)
         count = torch.stack(counts).sum(0).clamp(min=1)
-        return memory, [
-            torch.stack(layer).sum(0) / count.to(layer[0].device) for layer in zip(*sums, strict=True)
-        ]
+        return memory, torch.stack(sums).sum(0) / count
 
 
 def _write_chunk(
@@ -240,8 +247,8 @@ def _write_chunk(
     writes: Tensor,
     segments: Tensor,
     goes_on: Tensor | bool,
-) -> tuple[MemoryState, list[Tensor], Tensor]:
-    """The memory after a chunk; the sum of each layer's write gates, row by row; and how many were written.
+) -> tuple[MemoryState, Tensor, Tensor]:
+    """The memory after a chunk; sums of the write gates, [layers, B]; and how many tokens were written, [B].
 
     The memory that comes in is left as it is: checkpointing calls this twice.
     """
@@ -250,11 +257,8 @@ def _write_chunk(
     # No attention mask: padding comes last, where nobody attends to it, and it writes nothing. So attention
     # may take its fast causal path, and a row that has ended is not attention over nothing, which may be NaN.
     model.write(memory, ids, None, segments, goes_on, writes, trace)
-    sums = [
-        gates.mean(-1).masked_fill(~trace.written.to(gates.device), 0).sum(1)
-        for gates in trace.gates.values()
-    ]
-    return memory, sums, trace.written.sum(1)
+    gates = _stack([gates.mean(-1) for gates in trace.gates.values()], trace.written.device)
+    return memory, gates.masked_fill(~trace.written, 0).sum(2), trace.written.sum(1)
 
 
 def _answer_logits(
@@ -285,6 +289,20 @@ def _answer_logits(
     return output.logits[:, -answers - 1 : -1].to(labels.device).float(), labels[:, -answers:]
 
 
+@contextlib.contextmanager
+def _keeping_activations(model: DeltaMemModel, count: int) -> Iterator[None]:
+    """Within it, the backbone's last `count` layers are not checkpointed."""
+    layers = [x for x in model.backbone.modules() if isinstance(x, GradientCheckpointingLayer)]
+    kept = [layer for layer in layers[max(0, len(layers) - count) :] if layer.gradient_checkpointing]
+    for layer in kept:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in kept:
+            layer.gradient_checkpointing = True
+
+
 def answer_tokens(mask: Tensor, labels: Tensor) -> int:
     """The longest way from a row's first label to its end, in tokens."""
     before = (labels != -100).long().cumsum(1) == 0
@@ -301,6 +319,6 @@ def _cleared(memory: MemoryState, rows: Tensor) -> MemoryState:
     return memory
 
 
-def _mean(values: list[Tensor], device: torch.device) -> Tensor:
-    """The mean over layers, which may be spread over devices."""
-    return torch.stack([value.to(device) for value in values]).mean(0)
+def _stack(values: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The layers' values in one tensor; layers may be spread over devices."""
+    return torch.stack([value.to(device) for value in values])
