@@ -266,11 +266,15 @@ class MemoryCall:
         watched = keep_inputs or trace is not None or torch.is_grad_enabled()
         self.one_token = shape[1] == 1 and not watched
         self.gates: dict[int, Tensor] = {}
-        self.corrections: dict[int, dict[str, Tensor]] = {}
+        self.sizes: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # (layer, head): correction's, output's
 
     def take(self, index: int, adapter: DeltaMemory, hidden: Tensor) -> Tensor:
-        """Layer `index` reads and writes its attention's input. Returns the reads [batch, tokens, D]."""
-        return self.advance(index, adapter, adapter.project(hidden))
+        """Layer `index` reads and writes its attention's input.
+
+        Returns:
+            The reads [batch, tokens, D], in hidden's dtype: all projections need them in that.
+        """
+        return self.advance(index, adapter, adapter.project(hidden)).to(hidden.dtype)
 
     def step(
         self, index: int, adapter: DeltaMemory, hidden: Tensor, output: Tensor | None
@@ -304,15 +308,18 @@ class MemoryCall:
             self.gates[index] = gates
 
     def measure(self, index: int, adapter: DeltaMemory, head: str, reads: Tensor, output: Tensor) -> None:
-        """Notes for the trace how large the correction of `head` by `reads` is beside `output`."""
+        """Notes for the trace how large the correction of `head` by `reads` and `output` are."""
         output, mask = output.view(*reads.shape[:2], -1), self._plan_on(output.device).mask
         with torch.no_grad():
             # Corrected zeros, not the difference of two outputs: in bfloat16 that would be mostly rounding.
-            correction = adapter.correct(head, reads, torch.zeros_like(output))
+            correction = adapter.correct(head, reads, torch.zeros_like(output), in_place=True)
             size = torch.linalg.vector_norm(correction, dtype=torch.float32)  # padding reads nothing
-            whole = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)
-            whole = torch.linalg.vector_norm(whole if mask is None else whole.masked_fill(~mask, 0))
-        self.corrections.setdefault(index, {})[head] = size / whole.clamp(min=1e-12)
+            if mask is None:
+                whole = torch.linalg.vector_norm(output, dtype=torch.float32)
+            else:
+                norms = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)
+                whole = torch.linalg.vector_norm(norms.masked_fill(~mask, 0))
+        self.sizes[index, head] = size, whole
 
     @property
     def measures(self) -> bool:
@@ -363,8 +370,12 @@ class MemoryCall:
             for flags in (plan.mask, plan.writes):
                 trace.written = trace.written if flags is None else trace.written & flags
         # Handed over: what checkpointing's second forward notes, it notes elsewhere.
-        trace.gates, trace.corrections = self.gates, self.corrections
-        self.gates, self.corrections = {}, {}
+        trace.gates, self.gates, trace.corrections = self.gates, {}, {}
+        if self.sizes:
+            device = self.memory.tokens_written.device
+            size, whole = (torch.stack([x.to(device) for x in column]) for column in zip(*self.sizes.values()))
+            for (index, head), ratio in zip(self.sizes, (size / whole.clamp(min=1e-12)).unbind(), strict=True):
+                trace.corrections.setdefault(index, {})[head] = ratio
 
 
 def _is_recorded(tensor: Tensor) -> bool:

@@ -209,19 +209,21 @@ class DeltaMemModel(nn.Module):
 
     def _blank_memory(self, batch_size: int) -> MemoryState:
         """`new_memory` without a fingerprint: for a call that throws it away."""
-        config, layers, sums = self.delta_config, {}, {}
-        for index, adapter in self._by_layer.items():
-            size = (batch_size, config.num_states, config.rank, config.rank)
-            features = len(adapter.in_proj) - config.width
-            layers[index] = torch.zeros(size, dtype=torch.float32, device=adapter.device)
-            sums[index] = torch.zeros(batch_size, features, dtype=torch.float32, device=adapter.device)
+        config = self.delta_config
+
+        def zeros(*size: int) -> dict[int, Tensor]:
+            return {
+                index: torch.zeros(batch_size, *size, dtype=torch.float32, device=adapter.device)
+                for index, adapter in self._by_layer.items()
+            }
+
+        layers, open_segment = zeros(config.num_states, config.rank, config.rank), None
         zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
-        return MemoryState(
-            layers,
-            zero,
-            None if config.write == "token" else OpenSegment(sums, zero.clone(), zero - 1),
-            backbone=getattr(self.config, "_name_or_path", "") or self.config.model_type,
-        )
+        if config.write != "token":
+            features = sum(next(iter(self._by_layer.values())).rule.sections.values()) - config.width
+            open_segment = OpenSegment(zeros(features), zero.clone(), zero - 1)
+        name = getattr(self.config, "_name_or_path", "") or self.config.model_type
+        return MemoryState(layers, zero, open_segment, backbone=name)
 
     def place(self, memory: MemoryState) -> MemoryState:
         """A copy of `memory` with every layer where this model's adapter has it: on one device or several.

@@ -261,7 +261,7 @@ def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
 
 def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor | None = None) -> Tensor:
     """The reads of `advance`, where no token writes."""
-    nobody = torch.zeros((), dtype=torch.bool, device=z.device).expand(z.shape[:2])
+    nobody = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
     if (results := _fused(z, gate_bias, state, rule, nobody, mask)) is not None:
         return results[0]
     with torch.autocast(z.device.type, enabled=False):
