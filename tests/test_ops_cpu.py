@@ -377,7 +377,7 @@ def test_fused_segments_leave_to_others_what_is_not_as_it_should_be():
     assert cpu.advance_segments(z[:, :-1], bias, state, open_sum, rule, plan, None) is None
     ids, *rest = stream(0)
     assert cpu.plan_segments(ids.int(), *rest) is None
-    assert ops.plan_segments(ids.int(), *rest).ends.equal(plan.ends)
+    assert ops.plan_segments(ids.shape, ids.int(), *rest).ends.equal(plan.ends)
 
 
 # One token, from a layer's input on
@@ -401,6 +401,14 @@ def heads(rule, batch, sizes=(11, 6)):
     return deltas, torch.randn(batch, 1, sizes[0], generator=random)
 
 
+def step(hidden, in_proj, bias, deltas, state, rule, *given):
+    return cpu.Step(in_proj, bias, deltas, SCALE, rule).token(hidden, state, *given)
+
+
+def step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, *given):
+    return cpu.Step(in_proj, bias, deltas, SCALE, rule).segment(hidden, state, open_sum, *given)
+
+
 def check_step(step, deltas, output, expected):
     """`step(output)` corrects by the expected reads and leaves the expected states, in place or not."""
     reads, *after = expected
@@ -421,11 +429,11 @@ def test_step_equals_parts(rule, given):
     deltas, output = heads(rule, 3)
     writes = torch.tensor([[True], [False], [True]]) if given in ("writes", "both") else None
     mask = torch.tensor([[True], [True], [False]]) if given in ("mask", "both") else None
-    fixed = hidden, in_proj, bias, deltas, SCALE, state, rule
+    fixed = hidden, in_proj, bias, deltas, state, rule
     expected = in_parts(hidden @ in_proj.T, bias, state, rule, writes, mask)
-    check_step(lambda output: cpu.step(*fixed, writes, mask, output), deltas, output, expected)
+    check_step(lambda output: step(*fixed, writes, mask, output), deltas, output, expected)
     nobody = torch.zeros((), dtype=torch.bool).expand(3, 1)
-    assert torch.equal(cpu.step(*fixed, nobody, None, None)[1], state)
+    assert torch.equal(step(*fixed, nobody)[1], state)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_id)
@@ -437,9 +445,9 @@ def test_step_of_segments_equals_parts(rule):
         given = [part[:4] for part in stream(seed, tokens=1)]
         plan, present = segments.plan(*given), given[2]
         open_sum = torch.randn(4, z.shape[2] - rule.num_states * rule.rank) * (given[3][:, None] > 0)
-        fixed = hidden, in_proj, bias, deltas, SCALE, state, open_sum, rule, plan, present
+        fixed = hidden, in_proj, bias, deltas, state, open_sum, rule, plan, present
         expected = cpu.advance_segments(z, bias, state, open_sum, rule, plan, present)
-        check_step(lambda output, fixed=fixed: cpu.step_segments(*fixed, output), deltas, output, expected)
+        check_step(lambda output, fixed=fixed: step_segments(*fixed, output), deltas, output, expected)
 
 
 def test_steps_leave_to_others_what_is_not_as_it_should_be():
@@ -448,11 +456,11 @@ def test_steps_leave_to_others_what_is_not_as_it_should_be():
     deltas, output = heads(rule, 3)
     ones = torch.ones(3, 1, dtype=torch.bool)
 
-    def step(hidden, in_proj, bias, state, writes=None, mask=None, deltas=deltas):
-        return cpu.step(hidden, in_proj, bias, deltas, SCALE, state, rule, writes, mask, None)
+    def one(hidden, in_proj, bias, state, writes=None, mask=None, deltas=deltas):
+        return step(hidden, in_proj, bias, deltas, state, rule, writes, mask)
 
     right = hidden, in_proj, bias, state
-    assert step(*right, ones, ones) is not None
+    assert one(*right, ones, ones) is not None
     for wrong in (
         (hidden.double(), in_proj, bias, state),
         (hidden[:0], in_proj, bias, state[:0]),
@@ -471,15 +479,15 @@ def test_steps_leave_to_others_what_is_not_as_it_should_be():
         (*right, None, None, (deltas[0].double(),)),
         one_token(rule, batch=cpu.FEW + 1),
     ):
-        assert step(*wrong) is None
+        assert one(*wrong) is None
     for batch, tokens in ((2, 1), (3, 2)):
         plan = segments.plan(*(part[:batch] for part in stream(0, tokens=tokens)))
-        given = hidden, in_proj, bias, deltas, SCALE, state, torch.zeros(3, 24), rule
-        assert cpu.step_segments(*given, plan, None, None) is None
+        given = hidden, in_proj, bias, deltas, state, torch.zeros(3, 24), rule
+        assert step_segments(*given, plan) is None
     # An output that cannot be corrected in place is left as it is.
     for other in (output.double(), output[..., 1:], torch.cat([output, output], -1)[..., ::2]):
         before = other.clone()
-        corrections, _ = ops.step(hidden, in_proj, bias, deltas, SCALE, state, rule, output=other)
+        corrections, _ = step(hidden, in_proj, bias, deltas, state, rule, None, None, other)
         assert corrections[0] is not None
         assert torch.equal(other, before)
 

@@ -4,6 +4,7 @@ On a CUDA machine they run on the GPU, over larger inputs. Elsewhere, where trit
 interpreter runs them on the CPU; that must be known before triton is imported, hence a process of its own.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -196,7 +197,15 @@ def heads(rule, batch, sizes=(70, 33)):
     return deltas, torch.randn(batch, 1, sizes[0], generator=random).to(DEVICE)
 
 
-def check_step(before, after, expected, step=backend.step):
+def step(hidden, in_proj, bias, deltas, scale, state, rule, *given):
+    return backend.Step(in_proj, bias, deltas, scale, rule).token(hidden, state, *given)
+
+
+def step_segments(hidden, in_proj, bias, deltas, scale, state, open_sum, rule, *given):
+    return backend.Step(in_proj, bias, deltas, scale, rule).segment(hidden, state, open_sum, *given)
+
+
+def check_step(before, after, expected, step=step):
     """`step` corrects by the expected reads and leaves the expected states, in place or not.
 
     Args:
@@ -360,12 +369,35 @@ def test_steps_of_segments(update, tied, per_row):
             (hidden, weight, bias),
             (state, open_sum, rule, plan, present),
             ops.advance_segments(*wide, rule, plan, present),
-            backend.step_segments,
+            step_segments,
         )
 
 
 @needs_kernels
-def test_a_step_in_half_precision():
+@pytest.mark.parametrize("given", ("all", "none", "keep"))
+def test_one_tokens_segments_are_planned_as_the_definition_says(given):
+    for seed in range(12):
+        ids, writes, present, count, open_ids, keep = [x.to(DEVICE) for x in stream(seed, tokens=1)]
+        if given != "all":
+            ids, writes, present = torch.zeros_like(ids), torch.ones_like(writes), torch.ones_like(present)
+            keep = torch.full_like(keep, given == "keep")
+        expected = ops.segments.plan(ids, writes, present, count, open_ids, keep)
+        if given == "all":
+            plan = backend.plan_token((5, 1), ids, writes, present, count, open_ids, keep)
+        else:
+            plan = backend.plan_token((5, 1), None, None, None, count, open_ids, given == "keep")
+        for field in dataclasses.fields(expected):
+            got, right = getattr(plan, field.name), getattr(expected, field.name)
+            assert got.dtype == right.dtype and torch.equal(got, right), (seed, field.name)
+    rest = writes, present, count, open_ids, keep
+    assert backend.plan_token((5, 2), ids.expand(5, 2), *rest) is None
+    assert backend.plan_token((5, 1), ids.int(), *rest) is None
+    assert backend.plan_token((5, 1), ids[:4], *rest) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("adapter in float32", "all in half"))
+def test_a_step_in_half_precision(dtype):
     rule, size = Rule(1, 8), 2560 if GPU else 40
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 1, size, generator=random).bfloat16().to(DEVICE)
@@ -374,9 +406,8 @@ def test_a_step_in_half_precision():
     deltas, output = heads(rule, 2)
     output = output.bfloat16()
     corrected = output.clone()
-    (_, correction), after = backend.step(
-        hidden, weight, bias, deltas, 2.0, state, rule, None, None, corrected
-    )
+    own = weight.to(dtype), bias.to(dtype), tuple(delta.to(dtype) for delta in deltas)
+    (_, correction), after = step(hidden, *own, 2.0, state, rule, None, None, corrected)
     z = F.linear(hidden.double(), weight.bfloat16().double())
     reads, expected = ops.advance(z, bias.double(), state.double(), rule, backend="naive")
     corrections = [2 * reads.flatten(2) @ delta.bfloat16().double().t() for delta in deltas]
@@ -395,17 +426,17 @@ def test_addresses_need_not_be_multiples_of_16():
     hidden, weight = torch.randn(1, 1, 40, device=DEVICE), torch.randn(32, 40, device=DEVICE)
     deltas, output = heads(rule, 1)
 
-    def step(move, move_state):
+    def moved_step(move, move_state):
         corrected = move(output.clone())
         moved = [move(x) for x in (hidden, weight, bias)]
         given = tuple(map(move, deltas)), 2.0, move_state(state), rule, None, None, corrected
-        (_, correction), after = backend.step(*moved, *given)
+        (_, correction), after = step(*moved, *given)
         return corrected, correction, after
 
-    expected = step(torch.clone, torch.clone)
+    expected = moved_step(torch.clone, torch.clone)
     for _ in range(2):
-        assert_close(step(shifted, shifted), expected)
-        assert_close(step(torch.clone, shifted), expected)
+        assert_close(moved_step(shifted, shifted), expected)
+        assert_close(moved_step(torch.clone, shifted), expected)
 
 
 @needs_kernels
@@ -420,30 +451,30 @@ def test_what_does_not_fit_is_left_to_others():
     token = hidden[:, :1]
     deltas, output = heads(rule, 1)
 
-    def step(
+    def one(
         token=token, weight=weight, bias=bias, deltas=deltas, state=state, flags=(None, None), output=None
     ):
-        return backend.step(token, weight, bias, deltas, 1.0, state, rule, *flags, output)
+        return step(token, weight, bias, deltas, 1.0, state, rule, *flags, output)
 
     # Under a transformation the shapes are the same, and what is found out then does not last.
     outer = []
-    torch.vmap(lambda h: outer.append(step(h)) or h)(token[None])
+    torch.vmap(lambda h: outer.append(one(h)) or h)(token[None])
     assert outer == [None]
-    assert step() is not None
-    assert step(hidden) is None
-    assert step(weight=weight[:15]) is None
-    assert step(bias=bias[:3]) is None
-    assert step(state=state.double()) is None
-    assert step(deltas=()) is None
-    assert step(deltas=(deltas[0][:, 1:],)) is None
-    assert step(deltas=(deltas[0], deltas[1].double())) is None
+    assert one() is not None
+    assert one(hidden) is None
+    assert one(weight=weight[:15]) is None
+    assert one(bias=bias[:3]) is None
+    assert one(state=state.double()) is None
+    assert one(deltas=()) is None
+    assert one(deltas=(deltas[0][:, 1:],)) is None
+    assert one(deltas=(deltas[0], deltas[1].double())) is None
     flags = torch.ones(2, 1, dtype=torch.bool, device=DEVICE)
-    assert step(flags=(flags, None)) is None
-    assert step(flags=(flags[:1], flags[:1].int())) is None
+    assert one(flags=(flags, None)) is None
+    assert one(flags=(flags[:1], flags[:1].int())) is None
     # An output that cannot be corrected in place is left as it is.
     for other in (output.double(), output[..., 1:], torch.cat([output, output], -1)[..., ::2]):
         before = other.clone()
-        corrections, _ = ops.step(token, weight, bias, deltas, 1.0, state, rule, output=other)
+        corrections, _ = one(output=other)
         assert corrections[0] is not None
         assert torch.equal(other, before)
 
@@ -501,12 +532,12 @@ def test_compiles_without_graph_breaks(chunks_of):
     with torch.no_grad():
         deltas, _ = heads(rule, 1)
 
-        def step(hidden, weight, bias, state):
-            (first, second), after = ops.step(hidden, weight, bias, deltas, 2.0, state, rule)
+        def flat(hidden, weight, bias, state):
+            (first, second), after = step(hidden, weight, bias, deltas, 2.0, state, rule)
             return first, second, after
 
         assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, writes, None))
-        assert_close(compiled(step)(hidden, weight, bias, state), step(hidden, weight, bias, state))
+        assert_close(compiled(flat)(hidden, weight, bias, state), flat(hidden, weight, bias, state))
 
 
 @needs_kernels
@@ -531,20 +562,22 @@ def test_auto_takes_the_kernels_on_a_gpu_and_graphs_capture_them():
     hidden, weight = torch.randn(2, 1, 64, device="cuda"), torch.randn(32, 64, device="cuda")
     deltas, _ = heads(rule, 2)
 
-    def step(state):
-        (first, second), after = ops.step(hidden, weight, bias, deltas, 2.0, state, rule)
+    own = ops.one_token(weight, bias, deltas, 2.0, rule)
+
+    def flat(state):
+        (first, second), after = own.token(hidden, state)
         return first, second, after
 
-    step(state)
+    flat(state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        *corrections, after = step(state)
+        *corrections, after = flat(state)
         state.copy_(after)
     expected = torch.zeros_like(state)
     for _ in range(3):
         hidden.normal_()
         graph.replay()
-        *expected_corrections, expected = step(expected)
+        *expected_corrections, expected = flat(expected)
         assert all(map(torch.equal, corrections, expected_corrections)) and torch.equal(state, expected)
 
 

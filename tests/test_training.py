@@ -186,7 +186,7 @@ def test_a_call_that_only_reads_leaves_no_gates_in_a_trace():
 
 def test_a_second_forward_of_checkpointing_measures_nothing(monkeypatch):
     measured, measure = [], MemoryCall.measure
-    monkeypatch.setattr(MemoryCall, "measure", lambda *args: (measured.append(args[3]), measure(*args)))
+    monkeypatch.setattr(MemoryCall, "measure", lambda *args: (measured.append(args[2]), measure(*args)))
     model = new_model()
     model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.arange(3, 12)[None]

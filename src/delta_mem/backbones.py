@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,28 +35,65 @@ from .state import MemoryState, OpenSegment
 CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 
 
-class Reading(NamedTuple):
-    """What the projections of an attention module are to be corrected by.
+class Reading:
+    """What the projections of the attention module that a thread is in are to be corrected by.
+
+    Made before attention; read there, but of a single token only when the first projection asks: then one
+    kernel does it all, that projection's correction included.
 
     Attributes:
-        adapter: the layer's.
+        index: the layer's.
         call: the forward pass.
         hidden: the attention module's input.
-        reads: [batch, tokens, D]; None until it is read.
-        corrections: instead of reads, of one token: {head: [batch, 1, size]}, None for the first head if the
-            kernel has corrected it.
+        reads: [batch, tokens, D]; None until they are read.
+        corrections: instead of reads, of one token: [batch, 1, size] of each of the adapter's heads; None for
+            the first if the kernel has corrected it.
     """
 
-    adapter: DeltaMemory
-    call: MemoryCall
-    hidden: Tensor
-    reads: Tensor | None = None
-    corrections: dict[str, Tensor | None] | None = None
+    __slots__ = ("call", "corrections", "hidden", "index", "reads")
+
+    def __init__(self, index: int, call: MemoryCall, hidden: Tensor):
+        self.index, self.call, self.hidden = index, call, hidden
+        self.reads: Tensor | None = None
+        self.corrections: list[Tensor | None] | None = None
 
     @property
     def waits(self) -> bool:
         """Whether nothing has been read yet."""
         return self.reads is None and self.corrections is None
+
+    def read(self) -> None:
+        """Reads and writes all tokens."""
+        self.reads = self.call.take(self.index, self.hidden)
+
+    def correct(self, number: int, head: str, output: Tensor, in_place: bool) -> Tensor:
+        """`output` of the adapter's head of that number, [batch, tokens, size] or without one of its ones.
+
+        Args:
+            in_place: may write to `output`.
+        """
+        call, index, reads = self.call, self.index, self.reads
+        if reads is None:
+            waited = self.corrections is None
+            if waited:
+                offered = output if in_place and number == 0 else None
+                self.corrections = call.step(index, self.hidden, offered)
+            if self.corrections is not None:
+                correction = self.corrections[number]
+                if correction is not None:
+                    if correction.shape != output.shape:
+                        correction = correction.view(output.shape)
+                    return output.add_(correction) if in_place else output + correction.to(output.dtype)
+                if waited:
+                    return output
+                # The kernel has corrected what this projection gave before, and now it is asked again.
+                reads = call.take(index, self.hidden)
+            else:
+                self.read()
+                reads = self.reads
+        if call.measures:
+            call.measure(index, head, reads, output)
+        return call.adapters[index].correct(head, reads, output, in_place)
 
 
 class _Here(threading.local):
@@ -244,6 +281,7 @@ class MemoryCall:
 
     def __init__(
         self,
+        adapters: dict[int, DeltaMemory],
         memory: MemoryState,
         shape: tuple[int, int],
         mask: Tensor | None = None,
@@ -253,7 +291,7 @@ class MemoryCall:
         keep_inputs: bool = False,
         trace: MemoryTrace | None = None,
     ):
-        self.memory, self.shape = memory, shape
+        self.adapters, self.memory, self.shape = adapters, memory, shape
         self.plan: WritePlan = plan_writes(memory, shape, mask, write, segment_ids, keep_segment_open)
         self.moved: dict[torch.device, WritePlan] = {}  # the plan on other devices
         self.states = dict(memory.layers)
@@ -268,29 +306,27 @@ class MemoryCall:
         self.gates: dict[int, Tensor] = {}
         self.sizes: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # (layer, head): correction's, output's
 
-    def take(self, index: int, adapter: DeltaMemory, hidden: Tensor) -> Tensor:
+    def take(self, index: int, hidden: Tensor) -> Tensor:
         """Layer `index` reads and writes its attention's input.
 
         Returns:
             The reads [batch, tokens, D], in hidden's dtype: all projections need them in that.
         """
-        return self.advance(index, adapter, adapter.project(hidden)).to(hidden.dtype)
+        return self.advance(index, self.adapters[index].project(hidden)).to(hidden.dtype)
 
-    def step(
-        self, index: int, adapter: DeltaMemory, hidden: Tensor, output: Tensor | None
-    ) -> dict[str, Tensor | None] | None:
+    def step(self, index: int, hidden: Tensor, output: Tensor | None) -> list[Tensor | None] | None:
         """`take` of one token, on to the corrections; None where `DeltaMemory.step` has no kernel for it."""
-        state, open_sum = self.states[index], self.open_sums.get(index)
-        results = adapter.step(hidden, state, open_sum, self._plan_on(hidden.device), output)
+        given = self.states[index], self.open_sums.get(index), self._plan_on(hidden.device)
+        results = self.adapters[index].step(hidden, *given, output)
         if results is None:
             return None
         corrections, *after = results
         self._leave(index, *after)
         return corrections
 
-    def advance(self, index: int, adapter: DeltaMemory, z: Tensor) -> Tensor:
+    def advance(self, index: int, z: Tensor) -> Tensor:
         """`take` from the adapter's projections on."""
-        plan, before = self._plan_on(z.device), self.open_sums.get(index)
+        adapter, plan, before = self.adapters[index], self._plan_on(z.device), self.open_sums.get(index)
         reads, state, open_sum = adapter.advance(z, self.states[index], before, plan)
         gates = None
         if self.trace is not None and not plan.read_only:
@@ -307,12 +343,12 @@ class MemoryCall:
         if gates is not None:
             self.gates[index] = gates
 
-    def measure(self, index: int, adapter: DeltaMemory, head: str, reads: Tensor, output: Tensor) -> None:
+    def measure(self, index: int, head: str, reads: Tensor, output: Tensor) -> None:
         """Notes for the trace how large the correction of `head` by `reads` and `output` are."""
         output, mask = output.view(*reads.shape[:2], -1), self._plan_on(output.device).mask
         with torch.no_grad():
             # Corrected zeros, not the difference of two outputs: in bfloat16 that would be mostly rounding.
-            correction = adapter.correct(head, reads, torch.zeros_like(output), in_place=True)
+            correction = self.adapters[index].correct(head, reads, torch.zeros_like(output), in_place=True)
             size = torch.linalg.vector_norm(correction, dtype=torch.float32)  # padding reads nothing
             if mask is None:
                 whole = torch.linalg.vector_norm(output, dtype=torch.float32)
@@ -373,8 +409,12 @@ class MemoryCall:
         trace.gates, self.gates, trace.corrections = self.gates, {}, {}
         if self.sizes:
             device = self.memory.tokens_written.device
-            size, whole = (torch.stack([x.to(device) for x in column]) for column in zip(*self.sizes.values()))
-            for (index, head), ratio in zip(self.sizes, (size / whole.clamp(min=1e-12)).unbind(), strict=True):
+            size, whole = (
+                torch.stack([x.to(device) for x in column]) for column in zip(*self.sizes.values())
+            )
+            for (index, head), ratio in zip(
+                self.sizes, (size / whole.clamp(min=1e-12)).unbind(), strict=True
+            ):
                 trace.corrections.setdefault(index, {})[head] = ratio
 
 
@@ -390,30 +430,92 @@ def forget_reading() -> None:
     _here.reading = None
 
 
-class LayerHooks:
-    """Couples one layer's adapter to its attention module. Without an adapter, only takes the call out."""
+def before_attention(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Takes the call out of the keywords, and lays down the reading of a layer that has a memory."""
+    call, reading = kwargs.pop(CALL, None), None
+    if call is not None and index in call.adapters:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        reading = Reading(index, call, hidden)
+        if not call.one_token:
+            reading.read()
+    _here.reading = reading
+    return args, kwargs
 
-    def __init__(self, layer: AttentionLayer, adapter: DeltaMemory | None):
-        self.layer, self.adapter = layer, adapter
+
+def after_attention(module: nn.Module, args: tuple, output: Any) -> None:
+    """Ends a reading where no hook on the output projection does."""
+    reading = _here.reading
+    _here.reading = None
+    if output is not None and reading is not None and reading.waits:
+        reading.read()  # no projection asked for the token, which is written all the same
+
+
+def after_projection(
+    index: int, number: int, head: str, module: nn.Module, args: tuple, output: Tensor
+) -> Tensor:
+    """Corrects a projection that is the adapter's head of that number, and nothing else."""
+    reading = _here.reading
+    if reading is None or reading.index != index:
+        return output
+    if head == "o":
+        _here.reading = None
+    return reading.correct(number, head, output, _may_change(module))
+
+
+def after_packed_projection(
+    index: int, parts: tuple[tuple[int, str, View], ...], module: nn.Module, args: tuple, output: Tensor
+) -> Tensor:
+    """Corrects the heads (number, name, view) of a projection of several."""
+    reading = _here.reading
+    if reading is None or reading.index != index:
+        return output
+    if not _may_change(module):
+        output = output.clone()
+    for number, head, view in parts:
+        part = view(output, -1)
+        part.copy_(reading.correct(number, head, part.flatten(2), in_place=False).view(part.shape))
+    return output
+
+
+def _may_change(module: nn.Module) -> bool:
+    """Whether what a projection gave may be written to: gradients need it, and other hooks may keep it."""
+    return len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
+
+
+class LayerHooks:
+    """Couples one layer's memory to its attention module; without a memory, only takes the call out.
+
+    Args:
+        layer: the attention module.
+        heads: whose projections are corrected, in the adapter's order; none without a memory.
+    """
+
+    def __init__(self, layer: AttentionLayer, heads: tuple[str, ...]):
+        self.layer, self.heads = layer, heads
         self.hooked: list[tuple[nn.Module, str, nn.Module]] = []  # (parent, name, projection)
 
     def attach(self) -> list[Any]:
-        """Puts the hooks on; returns their handles."""
-        handles = [self.layer.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)]
-        if self.adapter is not None:
-            if "o" not in self.adapter.config.heads:  # else the hook on the output projection ends a reading
-                # Always: checkpointing ends a second forward by an exception.
-                after = self.layer.module.register_forward_hook(self.after_attention, always_call=True)
-                handles.append(after)
-            by_path: dict[str, list[str]] = {}
-            for head in self.adapter.config.heads:
-                by_path.setdefault(self.layer.slots[head].path, []).append(head)
-            for path, heads in by_path.items():
-                parent, _, name = path.rpartition(".")
-                module = self.layer.module.get_submodule(path)
-                self.hooked.append((self.layer.module.get_submodule(parent), name, module))
-                views = {head: self.layer.slots[head].view for head in heads}
-                handles.append(module.register_forward_hook(partial(self.after_projection, views)))
+        """Puts the hooks on; returns their handles.
+
+        The hooks are functions of few constants: torch.compile guards all that it sees them look at.
+        """
+        index, attention, slots = self.layer.index, self.layer.module, self.layer.slots
+        before = partial(before_attention, index)
+        handles = [attention.register_forward_pre_hook(before, with_kwargs=True)]
+        if self.heads and "o" not in self.heads:
+            # Always: checkpointing ends a second forward by an exception.
+            handles.append(attention.register_forward_hook(after_attention, always_call=True))
+        by_path: dict[str, list[tuple[int, str, View]]] = {}
+        for number, head in enumerate(self.heads):
+            by_path.setdefault(slots[head].path, []).append((number, head, slots[head].view))
+        for path, parts in by_path.items():
+            parent, _, name = path.rpartition(".")
+            module = attention.get_submodule(path)
+            self.hooked.append((attention.get_submodule(parent), name, module))
+            hook = partial(after_packed_projection, index, tuple(parts))
+            if parts[0][2] is _whole:
+                hook = partial(after_projection, index, *parts[0][:2])
+            handles.append(module.register_forward_hook(hook))
         return handles
 
     def replaced(self) -> str | None:
@@ -423,67 +525,3 @@ class LayerHooks:
             if now is not module and all(inner is not module for inner in now.modules()):
                 return f"layer {self.layer.index}: {name}"
         return None
-
-    def before_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        call, adapter = kwargs.pop(CALL, None), self.adapter
-        _here.reading = None
-        if call is not None and adapter is not None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            reads = None if call.one_token else call.take(self.layer.index, adapter, hidden)
-            _here.reading = Reading(adapter, call, hidden, reads)
-        return args, kwargs
-
-    def after_attention(self, module: nn.Module, args: tuple, output: Any) -> None:
-        reading = _here.reading
-        _here.reading = None
-        if output is not None and reading is not None and reading.waits:
-            # No projection asked for the token, which is written all the same.
-            reading.call.take(self.layer.index, reading.adapter, reading.hidden)
-
-    def after_projection(
-        self, views: dict[str, View], module: nn.Module, args: tuple, output: Tensor
-    ) -> Tensor:
-        """Corrects the heads of one projection, whose outputs `views` pick."""
-        reading, corrected = _here.reading, None
-        if reading is None or reading.adapter is not self.adapter:
-            return output
-        # In place where nobody looks: with gradients autograd does, and other hooks may keep what they saw.
-        in_place = len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
-        if reading.waits:
-            first = self.adapter.config.heads[0]
-            offered = output if in_place and views.get(first) is _whole else None
-            reading = self.read_token(reading, offered)
-            if reading.corrections is not None and reading.corrections[first] is None:
-                corrected = first
-        _here.reading = None if "o" in views else reading
-        if not in_place and _whole not in views.values():
-            output = output.clone()  # parts of it are written below
-        for head, view in views.items():
-            if view is not _whole:
-                part = view(output, -1)
-                part.copy_(self.correct(reading, head, part.flatten(2), in_place=False).view(part.shape))
-            elif head != corrected:
-                output = self.correct(reading, head, output, in_place)
-        return output
-
-    def read_token(self, reading: Reading, output: Tensor | None) -> Reading:
-        """Reads and writes the token left for the first projection, whose `output` may be corrected."""
-        adapter, call, hidden, *_ = reading
-        corrections = call.step(self.layer.index, adapter, hidden, output)
-        if corrections is not None:
-            return reading._replace(corrections=corrections)
-        return reading._replace(reads=call.take(self.layer.index, adapter, hidden))
-
-    def correct(self, reading: Reading, head: str, output: Tensor, in_place: bool) -> Tensor:
-        """`output` of one head's projection, [batch, tokens, size] or [batch * tokens, size], corrected."""
-        adapter, call, hidden, reads, corrections = reading
-        if corrections is not None:
-            correction = corrections[head]
-            if correction is not None:
-                correction = correction.view(output.shape)
-                return output.add_(correction) if in_place else output + correction.to(output.dtype)
-            # The kernel has corrected what this projection gave before, and now it is asked again.
-            reads = call.take(self.layer.index, adapter, hidden)
-        if call.measures:
-            call.measure(self.layer.index, adapter, head, reads, output)
-        return adapter.correct(head, reads, output, in_place)

@@ -112,6 +112,7 @@ class MemoryLayer(CacheLayerMixin):
     def _call(self, memory: MemoryState, mask: Tensor, write: Tensor | bool, ids: Tensor) -> MemoryCall:
         # The last segment stays open: whether the next token belongs to it, its id will tell.
         return MemoryCall(
+            self.adapters,
             memory,
             tuple(mask.shape),
             mask,
@@ -136,7 +137,7 @@ class MemoryLayer(CacheLayerMixin):
         inputs = (part if part is True else part[:, :kept] for part in inputs)
         again = self._call(self.memory, *inputs)
         for index, z in call.inputs.items():
-            again.advance(index, self.adapters[index], z[:, :kept])
+            again.advance(index, z[:, :kept])
         again.commit()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -5,7 +5,7 @@ The reader's path through one call, for one layer, on its attention's input h [b
     project        h -> z: W_q h, W_k h, W_v h and the gates' W h, in one matrix product
     advance        z and the state -> readings and the new state, by `ops.advance`
     correct        a reading -> the correction of q, k, v or o: alpha / r * s * W_delta m
-    step           all of them for one token of inference, by `ops.step`
+    step           all of them for one token of inference, by `ops.one_token`
 
 `WritePlan` says, once for all layers, which tokens read, which write, and where segments end.
 Under segment writes (SSW) the mean of a segment's tokens is written once, when the segment ends; see
@@ -17,6 +17,7 @@ A `DeltaMemory` holds weights only. States come in and go out as values.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -104,17 +105,9 @@ def plan_writes(
         tokens = torch.stack(given).all(0).sum(1) if given else shape[1]
         return WritePlan(mask, writes=writes, tokens=tokens)
 
-    device, before = memory.tokens_written.device, memory.open_segment
-    everyone = torch.ones((), dtype=torch.bool, device=device)
-    mine = everyone.expand(shape) if writes is None else writes
-    segments = ops.plan_segments(
-        torch.zeros_like(everyone, dtype=torch.int64).expand(shape) if segment_ids is None else segment_ids,
-        mine if mask is None else mine & mask,
-        everyone.expand(shape) if mask is None else mask,
-        before.count,
-        before.ids,
-        (everyone & keep_segment_open).expand(shape[0]),
-    )
+    before = memory.open_segment
+    open_before = before.count, before.ids
+    segments = ops.plan_segments(shape, segment_ids, writes, mask, *open_before, keep_segment_open)
     return WritePlan(mask, writes=writes, segments=segments, tokens=segments.member.sum(1))
 
 
@@ -154,8 +147,10 @@ class DeltaMemory(nn.Module):
         if config.o_norm:
             self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
         self._casts: dict[str, tuple[tuple, Tensor]] = {}  # see _weight
-        self._delta_names = [f"delta_{head}" for head in config.heads]
-        self._in_one_go = not (config.trainable_scale or config.o_norm)  # all that `ops.step` knows
+        self._scale = config.alpha / config.rank
+        self._step: ops.Step | None = None  # see _own_step
+        self._step_weights = ("in_proj", "gate_bias", *[f"delta_{head}" for head in config.heads])
+        self._in_one_go = not (config.trainable_scale or config.o_norm)  # all that `ops.Step` knows
 
     @property
     def device(self) -> torch.device:
@@ -249,7 +244,7 @@ class DeltaMemory(nn.Module):
         open_sum: Tensor | None,
         plan: WritePlan,
         output: Tensor | None = None,
-    ) -> tuple[dict[str, Tensor | None], Tensor, Tensor | None] | None:
+    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
         """`project`, `advance` and `correct` of one token, for inference: one kernel where there is one.
 
         Args:
@@ -259,26 +254,33 @@ class DeltaMemory(nn.Module):
                 corrected in place.
 
         Returns:
-            {head: correction [batch, 1, size]} in the order of `config.heads`, the first of them None if
-            `output` has been corrected; the new state; the new open sum. None where there is no such kernel.
+            The corrections [batch, 1, size] in the order of `config.heads`, the first of them None if `output`
+            has been corrected; the new state; the new open sum. None where there is no such kernel.
         """
         if not self._in_one_go:
             return None
-        config, weights = self.config, self._parameters
-        deltas = tuple([weights[name] for name in self._delta_names])
-        bias, scale = self._weight("gate_bias", torch.float32), config.alpha / config.rank
-        fixed = weights["in_proj"], bias, deltas, scale
+        own = self._own_step()
         if plan.segments is None:
-            results = ops.step(hidden, *fixed, state, self.rule, plan.writes, plan.mask, output)
+            results = own.token(hidden, state, plan.writes, plan.mask, output)
         else:
-            results = ops.step_segments(
-                hidden, *fixed, state, open_sum, self.rule, plan.segments, plan.mask, output
-            )
+            results = own.segment(hidden, state, open_sum, plan.segments, plan.mask, output)
         if results is None:
             return None
         corrections, after, *sums = results
-        corrections = dict(zip(config.heads, corrections, strict=True))
         return corrections, state if plan.read_only else after, sums[0] if sums else open_sum
+
+    def _own_step(self) -> ops.Step:
+        """This layer's `ops.Step`, for the weights that it has now."""
+        weights = self._parameters
+        recorded = torch.compiler.is_compiling()
+        if not recorded and self._step is not None:
+            if all(map(operator.is_, weights.values(), self._step.weights)):
+                return self._step
+        in_proj, gate_bias, *deltas = [weights[name] for name in self._step_weights]
+        own = ops.one_token(in_proj, gate_bias, tuple(deltas), self._scale, self.rule)
+        if not recorded:
+            self._step = own
+        return own
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
@@ -301,7 +303,7 @@ class DeltaMemory(nn.Module):
         """
         config, dtype = self.config, output.dtype
         weight = self._weight(f"delta_{head}", dtype)
-        scale = config.alpha / config.rank
+        scale = self._scale
         if config.trainable_scale:
             index = HEADS.index(head) if config.trainable_scale == "head" else 0
             reads = reads * (torch.sigmoid(self.scale_raw[index]) * config.scale_max)

@@ -90,7 +90,9 @@ class DeltaMemModel(nn.Module):
             model.register_forward_pre_hook(generation.before_forward, with_kwargs=True),
             model.register_forward_hook(generation.after_forward, with_kwargs=True),
         ]
-        self._hooks = [LayerHooks(layer, adapters.get(index)) for index, layer in found.items()]
+        self._hooks = [
+            LayerHooks(layer, config.heads if index in adapters else ()) for index, layer in found.items()
+        ]
         for hooks in self._hooks:
             self._handles += hooks.attach()
         try:
@@ -300,6 +302,7 @@ class DeltaMemModel(nn.Module):
             _check_checkpointing(self.backbone)
         device = memory.tokens_written.device
         call = MemoryCall(
+            self._by_layer,
             memory,
             shape,
             _read_mask(attention_mask, shape, device),

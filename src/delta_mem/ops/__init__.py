@@ -6,7 +6,7 @@ dense tensors, and hands them to a backend: one file per way to compute the same
 A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads,
 and the state after), `advance_segments` (under segment writes) and `read` (nothing is written). Where a
 compiled backend can do one of these in one go, and can be differentiated if gradients are wanted, it does.
-`step` and `step_segments`, for one token, are compiled or not at all.
+One token in decoding (`one_token`) is compiled or not at all.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,22 @@ from torch.nn import functional as F
 
 from . import chunked, cpu, naive, segments, triton
 from .activation import Rule, activate, direction
+from .steps import Step
 from .segments import SegmentPlan
 
 __all__ = [
     "BACKENDS",
     "Rule",
     "SegmentPlan",
+    "Step",
     "advance",
     "advance_segments",
     "close_segment",
     "delta_rule",
+    "one_token",
     "plan_segments",
     "project",
     "read",
-    "step",
-    "step_segments",
 ]
 
 # Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
@@ -215,38 +216,11 @@ def _fused(
     return None
 
 
-def step(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    scale: float,
-    state: Tensor,
-    rule: Rule,
-    writes: Tensor | None = None,
-    mask: Tensor | None = None,
-    output: Tensor | None = None,
-) -> tuple[list[Tensor | None], Tensor] | None:
-    """One token in one go, for inference: from a layer's input to the corrections of its projections.
-
-    Args:
-        hidden: [batch, 1, size], any floating dtype.
-        in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
-        gate_bias, state, rule, writes, mask: as in `advance`.
-        deltas: of each head [its size, states * rank]; used in hidden's dtype.
-        scale: the correction of a head is scale * delta m, m being the token's read.
-        output: [batch, 1, size of the first head], which its correction may be added to, in place. One that
-            no kernel can add to is left as it is.
-
-    Returns:
-        The corrections [batch, 1, size of the head] in hidden's dtype, the first of them None if it has been
-        added to `output`; and the state after the token. None where nothing compiled takes these tensors.
-    """
-    if _learns(hidden, in_proj, gate_bias, state, *deltas):
-        return None
-    output = output if _takes_correction(output, hidden, deltas) else None
-    arguments = hidden, in_proj, gate_bias, deltas, scale, state, rule, writes, mask, output
-    return (triton if triton.runs_on(hidden) else cpu).step(*arguments)
+def one_token(
+    in_proj: Tensor, gate_bias: Tensor, deltas: tuple[Tensor, ...], scale: float, rule: Rule
+) -> Step:
+    """One token of a layer in one go, for inference: see `steps.Step`, also for the arguments."""
+    return (triton if triton.runs_on(in_proj) else cpu).Step(in_proj, gate_bias, deltas, scale, rule)
 
 
 def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
@@ -271,10 +245,33 @@ def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor |
 
 
 def plan_segments(
-    ids: Tensor, writes: Tensor, present: Tensor, open_count: Tensor, open_ids: Tensor, keep_open: Tensor
+    shape: tuple[int, int],
+    ids: Tensor | None,
+    writes: Tensor | None,
+    present: Tensor | None,
+    open_count: Tensor,
+    open_ids: Tensor,
+    keep_open: Tensor | bool,
 ) -> SegmentPlan:
-    """Where the segments of one call begin and end: see `segments.plan`."""
-    given = (ids, writes, present, open_count, open_ids, keep_open)
+    """Where the segments of one call begin and end.
+
+    Args:
+        shape: (batch, tokens).
+        ids, writes, present: see `segments.plan`; None: all tokens are of one segment, write, are present. A
+            token that is not present does not write, whatever `writes` says.
+        open_count, open_ids, keep_open: see `segments.plan`; one bool is for all rows.
+    """
+    plan = triton.plan_token(shape, ids, writes, present, open_count, open_ids, keep_open)
+    if plan is not None:
+        return plan
+    everyone = torch.ones((), dtype=torch.bool, device=open_count.device)
+    ids = torch.zeros_like(everyone, dtype=torch.int64).expand(shape) if ids is None else ids
+    writes = everyone.expand(shape) if writes is None else writes
+    if present is None:
+        present = everyone.expand(shape)
+    else:
+        writes = writes & present
+    given = ids, writes, present, open_count, open_ids, (everyone & keep_open).expand(shape[0])
     plan = cpu.plan_segments(*given)
     return segments.plan(*given) if plan is None else plan
 
@@ -311,31 +308,6 @@ def advance_segments(
     return reads, state, open_sum
 
 
-def step_segments(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    scale: float,
-    state: Tensor,
-    open_sum: Tensor,
-    rule: Rule,
-    plan: SegmentPlan,
-    mask: Tensor | None = None,
-    output: Tensor | None = None,
-) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
-    """`step` under segment writes; the arguments are those of `step` and of `advance_segments`.
-
-    Returns:
-        The corrections, the state, the sums of the segments left open; or None, all as in `step`.
-    """
-    if _learns(hidden, in_proj, gate_bias, state, open_sum, *deltas):
-        return None
-    output = output if _takes_correction(output, hidden, deltas) else None
-    arguments = hidden, in_proj, gate_bias, deltas, scale, state, open_sum, rule, plan, mask, output
-    return (triton if triton.runs_on(hidden) else cpu).step_segments(*arguments)
-
-
 def close_segment(
     gate_bias: Tensor, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor, rule: Rule
 ) -> Tensor:
@@ -343,19 +315,6 @@ def close_segment(
     mean = open_sum / count.clamp(min=1).unsqueeze(1)
     z = F.pad(mean, (rule.num_states * rule.rank, 0)).unsqueeze(1)  # nobody reads
     return advance(z, gate_bias, state, rule, rows.unsqueeze(1))[1]
-
-
-def _takes_correction(output: Tensor | None, hidden: Tensor, deltas: tuple[Tensor, ...]) -> bool:
-    """Whether a kernel may add the first head's correction to `output` as it lies in memory."""
-    return (
-        output is not None
-        and len(deltas) > 0
-        and type(output) is Tensor
-        and output.shape == (*hidden.shape[:1], 1, *deltas[0].shape[:1])
-        and output.dtype is hidden.dtype
-        and output.device == hidden.device
-        and output.is_contiguous()
-    )
 
 
 def _learns(*tensors: Tensor) -> bool:

@@ -8,8 +8,8 @@ vectors, and half of them take a thread as long as all.
 The backward pass computes the states again, from marks that the forward pass leaves every 64 tokens.
 
 For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments`
-take it from its projections to its reads, `step` and `step_segments` take one token from the layer's input
-to the corrections of its projections. In decoding the processor's caches are full of the model's weights,
+take it from its projections to its reads, a `Step` takes one token from the layer's input to the corrections
+of its projections. In decoding the processor's caches are full of the model's weights,
 and what costs is not arithmetic but to start an operation: several times what it takes when nothing else
 runs. So few calls, few checks.
 
@@ -27,18 +27,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 # By themselves, not as attributes: each is asked several times a layer.
+from torch import is_grad_enabled
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from . import steps
 from .activation import Rule
 from .segments import SegmentPlan
 
@@ -132,53 +134,109 @@ def advance_segments(
     return reads, final, new_sum
 
 
-def step(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    scale: float,
-    state: Tensor,
-    rule: Rule,
-    writes: Tensor | None,
-    mask: Tensor | None,
-    output: Tensor | None,
-) -> tuple[list[Tensor | None], Tensor] | None:
-    """See `delta_mem.ops.step`; for few rows in float32."""
-    weights = in_proj, gate_bias, deltas
-    one = _one_token("step", hidden, *weights, state, rule, writes, mask, output)
-    if one is None:
-        return None
-    kernel, addresses, heads, (corrections, after), flags, sizes, _ = one
-    by_writes = (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
-    kernel(*addresses, *by_writes, *flags, *sizes, scale, *heads)
-    return corrections, after
+class Step(steps.Step):
+    """For few rows in float32."""
 
+    def token(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        writes: Tensor | None = None,
+        mask: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor] | None:
+        one = self._one_token(hidden, state, mask, output)
+        if one is None or not (writes is None or _are_flags(writes, hidden.shape[0], 1)):
+            return None
+        facts, after, first, last, corrections = one
+        by_writes = (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
+        facts.token(*first, *by_writes, *last)
+        return corrections, after
 
-def step_segments(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    scale: float,
-    state: Tensor,
-    open_sum: Tensor,
-    rule: Rule,
-    plan: SegmentPlan,
-    mask: Tensor | None,
-    output: Tensor | None,
-) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
-    """See `delta_mem.ops.step_segments`; for few rows in float32."""
-    weights = in_proj, gate_bias, deltas
-    # The plan's ends are the flags of who writes.
-    one = _one_token("step_segments", hidden, *weights, state, rule, plan.ends, mask, output)
-    parts = one and _segments(open_sum, plan, (len(hidden), 1), in_proj.shape[0], rule)
-    if parts is None:
-        return None
-    kernel, addresses, heads, (corrections, after), flags, sizes, _ = one
-    new_sum = torch.empty_like(open_sum)
-    kernel(*addresses, *flags, *sizes, new_sum.data_ptr(), *parts, scale, *heads)
-    return corrections, after, new_sum
+    def segment(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        open_sum: Tensor,
+        plan: SegmentPlan,
+        mask: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
+        one = self._one_token(hidden, state, mask, output, open_sum)
+        parts = one and _segments(open_sum, plan, (hidden.shape[0], 1), one[0].features, self.rule)
+        if parts is None:
+            return None
+        facts, after, first, last, corrections = one
+        new_sum = torch.empty_like(open_sum)
+        facts.segment(*first, new_sum.data_ptr(), *parts, *last)
+        return corrections, after, new_sum
+
+    def _find_out(self) -> SimpleNamespace | None:
+        in_proj, gate_bias, *deltas = self.weights
+        states, rank = self.rule[:2]
+        if (
+            rank > MAX_RANK
+            or not 0 < len(deltas) <= MAX_HEADS
+            or not all(_is_plain_float32(x) for x in self.weights)
+            or not all(delta.shape == (len(delta), states * rank) for delta in deltas)
+            or not isinstance(_load(), ModuleType)
+        ):
+            return None
+        features, gates, flags = _layout(self.rule)
+        if in_proj.shape[:-1] != (features,) or gate_bias.shape != (gates,):
+            return None
+        absent = (0,) * (MAX_HEADS - len(deltas))
+        heads = [number for delta in deltas for number in (delta.data_ptr(), len(delta))]
+        fixed = in_proj.data_ptr(), gate_bias.data_ptr(), *flags, states, in_proj.shape[1]
+        return SimpleNamespace(
+            features=features,
+            state=(states, rank, rank),
+            size=in_proj.shape[1],
+            sizes=[len(delta) for delta in deltas],
+            absent=absent,
+            layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
+            token=_kernels().kernel("step", rank),
+            segment=_kernels().kernel("step_segments", rank),
+        )
+
+    def _one_token(
+        self, hidden: Tensor, state: Tensor, mask: Tensor | None, output: Tensor | None, *others: Tensor
+    ) -> tuple | None:
+        """What the kernels take; None for what they do not.
+
+        Returns:
+            What is known of the weights, the state after, the kernels' first arguments and their last, and
+            the corrections.
+        """
+        if is_compiling() or _watched() or (is_grad_enabled() and self._learns(hidden, state, *others)):
+            return None
+        facts, shape = self._facts(), hidden.shape
+        batch = shape[0]
+        if (
+            facts is None
+            or not 0 < batch <= FEW
+            or shape != (batch, 1, facts.size)
+            or state.shape != (batch, *facts.state)
+            or not (_is_plain_float32(hidden) and _is_plain_float32(state))
+            or not (mask is None or _are_flags(mask, batch, 1))
+        ):
+            return None
+        in_place = (
+            output is not None and _is_plain_float32(output) and output.numel() == batch * facts.sizes[0]
+        )
+        corrections, to = [], []
+        for size in facts.sizes:
+            if in_place and not to:
+                corrections.append(None)
+                to.append(output.data_ptr())
+            else:
+                correction = hidden.new_empty((batch, 1, size))
+                corrections.append(correction)
+                to.append(correction.data_ptr())
+        after = torch.empty_like(state)
+        by_mask = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+        first = facts.layer, self.scale, hidden.data_ptr(), state.data_ptr(), after.data_ptr(), *by_mask
+        return facts, after, first, (batch, int(in_place), (*to, *facts.absent)), corrections
 
 
 def plan_segments(
@@ -244,70 +302,6 @@ def _fit(
         and (writes is None or _are_flags(writes, batch, tokens))
         and (mask is None or _are_flags(mask, batch, tokens))
     )
-
-
-def _one_token(
-    name: str,
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    state: Tensor,
-    rule: Rule,
-    writes: Tensor | None,
-    mask: Tensor | None,
-    output: Tensor | None,
-) -> tuple | None:
-    """What the kernels of one token take; None for what they do not.
-
-    Returns:
-        The kernel, its first arguments, its last, the corrections and the state after, the rule's flags,
-        the sizes, and room that the kernel works in, to be kept until it has returned.
-    """
-    if (
-        hidden.ndim != 3
-        or rule.rank > MAX_RANK
-        or not 0 < len(deltas) <= MAX_HEADS
-        or not _are_plain_float32((hidden, in_proj, gate_bias, state, *deltas))
-    ):
-        return None
-    batch, tokens, size = hidden.shape
-    kernel, features, gates, flags = _known(name, rule)
-    states, rank = rule[:2]
-    width = states * rank
-    if (
-        tokens != 1
-        or not 0 < batch <= FEW
-        or in_proj.shape != (features, size)
-        or gate_bias.shape != (gates,)
-        or state.shape != (batch, states, rank, rank)
-        or not (writes is None or _are_flags(writes, batch, 1))
-        or not (mask is None or _are_flags(mask, batch, 1))
-    ):
-        return None
-    if not all(delta.shape == (len(delta), width) for delta in deltas):
-        return None
-    corrections = [hidden.new_empty(batch, 1, len(delta)) for delta in deltas[output is not None :]]
-    to = corrections if output is None else [output, *corrections]
-    heads = [int(output is not None)]
-    for delta, y in zip(deltas, to, strict=True):
-        heads += delta.data_ptr(), y.data_ptr(), len(delta)
-    heads += (0, 0, 0) * (MAX_HEADS - len(deltas))
-    room, after = hidden.new_empty(batch * (features + width)), torch.empty_like(state)
-    z = room.data_ptr()
-    addresses = (
-        hidden.data_ptr(), in_proj.data_ptr(), gate_bias.data_ptr(), state.data_ptr(),
-        z, z + 4 * batch * features, after.data_ptr(),
-        0 if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0),
-    )  # fmt: skip
-    results = (corrections if output is None else [None, *corrections]), after
-    return kernel, addresses, heads, results, flags, (batch, states, size), room
-
-
-@functools.cache
-def _known(name: str, rule: Rule) -> tuple:
-    """The kernel of that name, features in z, biases, and the rule's flags."""
-    return _kernels().kernel(name, rule.rank), *_layout(rule)
 
 
 def _segments(
@@ -441,12 +435,8 @@ def _are_flags(x: Tensor, batch: int, tokens: int) -> bool:
     return x.dtype is torch.bool and x.shape == (batch, tokens) and x.is_cpu
 
 
-def _are_plain_float32(tensors: Sequence[Tensor]) -> bool:
-    float32 = torch.float32
-    for x in tensors:  # not all(…): that would take as long again
-        if not (x.is_cpu and x.dtype is float32 and x.is_contiguous()):
-            return False
-    return usable(tensors, 0)
+def _is_plain_float32(x: Tensor) -> bool:
+    return type(x) in _PLAIN and x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
 
 
 def _view(x: Tensor) -> tuple[int, ...]:

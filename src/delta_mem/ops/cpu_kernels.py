@@ -44,6 +44,9 @@ NEGLIGIBLE = 1e-18
 # let NaN and infinity pass for numbers.
 OPTIONS = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
 
+# Numbers of a layer in `step`, before those of its heads.
+FIXED = 7
+
 UPDATES = ("standard", "decay_outside", "no_decay")
 DECAY_OUTSIDE, NO_DECAY = 1, 2
 
@@ -609,18 +612,25 @@ def _project(like, z, hidden, weight, batch, features, size):
 
 
 @njit(**OPTIONS)
-def _one_token(like, hidden, weight, state, z, reads, final, tied, per_row, batch, states, size):
-    """Projects one token a row; z, state, reads, final and sizes as `_advance` takes them."""
+def _one_token(like, layer, hidden, state, final, batch):
+    """Projects one token a row. Returns what `_advance` wants of it: z, state, reads, final, flags, sizes."""
+    weight, tied, per_row, update, states, size = layer[0], layer[2], layer[3], layer[4], layer[5], layer[6]
     rank = _rank(like)
-    gates = states * rank if per_row else states
-    features = 3 * states * rank + (gates if tied else 2 * gates)
+    width = states * rank
+    gates = width if per_row else states
+    features = 3 * width + (gates if tied else 2 * gates)
+    room = np.empty(batch * (features + width), np.float32)
+    z = room.ctypes.data
+    reads = z + 4 * batch * features
     _project(like, z, hidden, weight, batch, features, size)
-    by_state = (states * rank * rank, rank * rank, rank, 1)
+    by_state = (width * rank, rank * rank, rank, 1)
     return (
+        room,  # to be kept as long as its addresses are used
         (z, features, features),
         (state, *by_state),
-        (reads, states * rank, states * rank, rank, 1),
+        (reads, width, width, rank, 1),
         (final, *by_state),
+        (tied, per_row, update),
         (states, 1, 0, batch * states),
     )
 
@@ -641,14 +651,13 @@ def _correct(like, reads, width, batch, delta, to, size, scale, add):
 
 
 @njit(**OPTIONS)
-def _correct_all(
-    like, reads, width, batch, scale, add, q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o
-):
-    """`_correct` of up to four heads; `add` is the first one's. A head that is not there has no size."""
-    _correct(like, reads, width, batch, q, to_q, n_q, scale, add)
-    _correct(like, reads, width, batch, k, to_k, n_k, scale, False)
-    _correct(like, reads, width, batch, v, to_v, n_v, scale, False)
-    _correct(like, reads, width, batch, o, to_o, n_o, scale, False)
+def _correct_all(like, layer, reads, batch, scale, add, to):
+    """`_correct` of all heads; `add` is the first one's."""
+    width = reads[1]
+    for head in range(len(to)):
+        delta, size = layer[FIXED + 2 * head], layer[FIXED + 2 * head + 1]
+        if size > 0:
+            _correct(like, reads[0], width, batch, delta, to[head], size, scale, add and head == 0)
 
 
 # ---- where segments end --------------------------------------------------------------------------
@@ -777,60 +786,50 @@ def _make_advance_segments(rank, dtype):
 
 
 # The arguments of one token's kernels are flat: to unpack tuples takes longer than such a kernel.
-_HEAD_TYPES = (types.float64, *(_INT,) * 13)
+_LAYER = types.Array(_INT, 1, "C")
+_TO = types.UniTuple(_INT, 4)
 
 
 def _make_step(rank, dtype):
-    def step(
-        hidden, weight, bias, state, z, reads, final,
-        mask, by_mask, writes, by_writes,
-        tied, per_row, update, batch, states, size,
-        scale, add, q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o,
-    ):  # fmt: skip
-        """Projects, activates, reads, writes and corrects, one token a row; float32 only. See `ops.step`.
+    def step(layer, scale, hidden, state, final, mask, by_mask, writes, by_writes, batch, add, to):
+        """Projects, activates, reads, writes and corrects, one token a row; float32 only.
 
         Args:
-            hidden, weight, bias, state, final: addresses of contiguous tensors.
-            z, reads: addresses of room for the projections and the reads.
-            mask, writes: addresses of bytes, 0 if none are given; each with its stride from row to row.
-            tied, per_row, update: as in `advance`.
-            size: numbers in a row of `hidden` and of `weight`.
+            layer: what is the layer's: addresses of in_proj and gate_bias; tied, per_row and update, as in
+                `advance`; states; numbers in a row of `hidden`; and of up to four heads the address of its
+                delta and its size, 0 for one that is not there. In all FIXED + 8 numbers.
             scale: of the corrections.
+            hidden, state, final: addresses of contiguous tensors.
+            mask, writes: addresses of bytes, 0 if none are given; each with its stride from row to row.
             add: whether the first correction is added to what is there.
-            q, to_q, n_q, …: of each head the addresses of its delta and of its correction, and its size.
+            to: addresses of the heads' corrections.
         """
         like = _zeros(rank, dtype)
-        z_, state_, reads_, final_, sizes = _one_token(
-            like, hidden, weight, state, z, reads, final, tied, per_row, batch, states, size
-        )
-        mask_, writes_, rule = (mask, by_mask, 0), (writes, by_writes, 0), (tied, per_row, update)
-        _advance(like, z_, bias, state_, mask_, reads_, final_, writes_, rule, sizes)
-        heads = (q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o)
-        _correct_all(like, reads, states * rank, batch, scale, add, *heads)
+        room, z, state_, reads, final_, rule, sizes = _one_token(like, layer, hidden, state, final, batch)
+        mask_, writes_ = (mask, by_mask, 0), (writes, by_writes, 0)
+        _advance(like, z, layer[1], state_, mask_, reads, final_, writes_, rule, sizes)
+        _correct_all(like, layer, reads, batch, scale, add, to)
+        room[0] = 0.0  # numba frees what is not used further down
 
-    return step, ((_INT,) * 17 + _HEAD_TYPES)
+    return step, (_LAYER, types.float64, *(_INT,) * 9, _TO)
 
 
 def _make_step_segments(rank, dtype):
     def step_segments(
-        hidden, weight, bias, state, z, reads, final,
-        mask, by_mask,
-        tied, per_row, update, batch, states, size,
+        layer, scale, hidden, state, final, mask, by_mask,
         new_sum, open_sum, index, member, ends, closes, open_before, stays_open,
-        scale, add, q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o,
+        batch, add, to,
     ):  # fmt: skip
         """As `step`; what is written is the segments' means, as in `advance_segments`."""
         like = _zeros(rank, dtype)
-        z_, state_, reads_, final_, sizes = _one_token(
-            like, hidden, weight, state, z, reads, final, tied, per_row, batch, states, size
-        )
+        room, z, state_, reads, final_, rule, sizes = _one_token(like, layer, hidden, state, final, batch)
         segments = (new_sum, open_sum, index, member, ends, closes, open_before, stays_open)
-        mask_, rule = (mask, by_mask, 0), (tied, per_row, update)
-        _advance_segments(like, z_, bias, state_, mask_, reads_, final_, segments, rule, sizes)
-        heads = (q, to_q, n_q, k, to_k, n_k, v, to_v, n_v, o, to_o, n_o)
-        _correct_all(like, reads, states * rank, batch, scale, add, *heads)
+        mask_ = (mask, by_mask, 0)
+        _advance_segments(like, z, layer[1], state_, mask_, reads, final_, segments, rule, sizes)
+        _correct_all(like, layer, reads, batch, scale, add, to)
+        room[0] = 0.0
 
-    return step_segments, ((_INT,) * 23 + _HEAD_TYPES)
+    return step_segments, (_LAYER, types.float64, *(_INT,) * 15, _TO)
 
 
 def _make_plan_segments(_, dtype):

@@ -1,9 +1,9 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
-projections to its reads, and four and a sum back; `step` and `step_segments` are one from one token's hidden
-state to the corrections of its projections. All may be captured in a CUDA graph; under torch.compile each is
-one operator of the graph.
+projections to its reads, and four and a sum back; a `Step` is one, from one token's hidden state to the
+corrections of its projections. All may be captured in a CUDA graph; under torch.compile each is one operator
+of the graph. `plan_token` says where segments end, for decoding.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from . import steps
 from .activation import Rule
 from .segments import SegmentPlan
 
@@ -30,7 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MAX_RANK = 64
 
-# Queries of all batch rows up to which `step` pays. It loads weights again for each row: beyond, matrix
+# Queries of all batch rows up to which a `Step` pays. It loads weights again for each row: beyond, matrix
 # products do better.
 MAX_QUERIES = 512
 
@@ -84,6 +85,7 @@ def advance(
         or z.ndim != 3
         or z.numel() == 0
         or z.dtype != torch.float32
+        or gate_bias.dtype != torch.float32
         or z.shape[2] != sum(rule.sections.values())
         or not _fit(z, gate_bias, state, rule, writes, mask)
     ):
@@ -95,88 +97,124 @@ def advance(
     return _advance(*tensors, *rule, *flags)
 
 
-def step(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    scale: float,
-    state: Tensor,
-    rule: Rule,
-    writes: Tensor | None,
-    mask: Tensor | None,
-    output: Tensor | None,
-) -> tuple[list[Tensor | None], Tensor] | None:
-    """See `delta_mem.ops.step`."""
-    if _transformed():
-        return None
-    tensors = hidden, in_proj, gate_bias, deltas, state, *(None,) * 7, writes, mask
-    if torch.compiler.is_compiling() or _watched():
-        if not _step_fits(tensors, rule):
-            return None
-        after, *corrections = torch.ops.delta_mem.step(*tensors[:4], scale, state, *rule, writes, mask)
-        return corrections, after
-    results = _launched(tensors, output, scale, rule, (_kind(writes),))
-    return results and results[:2]
+class Step(steps.Step):
+    """For up to `MAX_QUERIES` queries; under torch.compile, one operator of the graph."""
 
+    def token(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        writes: Tensor | None = None,
+        mask: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor] | None:
+        results = self._step(hidden, state, None, None, writes, mask, output)
+        return results and results[:2]
 
-def step_segments(
-    hidden: Tensor,
-    in_proj: Tensor,
-    gate_bias: Tensor,
-    deltas: tuple[Tensor, ...],
-    scale: float,
-    state: Tensor,
-    open_sum: Tensor,
-    rule: Rule,
-    plan: SegmentPlan,
-    mask: Tensor | None,
-    output: Tensor | None,
-) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
-    """See `delta_mem.ops.step_segments`."""
-    if _transformed():
-        return None
-    planned = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
-    tensors = hidden, in_proj, gate_bias, deltas, state, open_sum, *planned, None, mask
-    if torch.compiler.is_compiling() or _watched():
-        if not _step_fits(tensors, rule):
+    def segment(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        open_sum: Tensor,
+        plan: SegmentPlan,
+        mask: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
+        return self._step(hidden, state, open_sum, plan, None, mask, output)
+
+    def _step(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        open_sum: Tensor | None,
+        plan: SegmentPlan | None,
+        writes: Tensor | None,
+        mask: Tensor | None,
+        output: Tensor | None,
+    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
+        """Both: without a plan, `token`, and the open sum is None."""
+        if _transformed() or self._learns(hidden, state):
             return None
-        after, open_after, *corrections = torch.ops.delta_mem.step_segments(
-            *tensors[:4], scale, state, open_sum, planned, *rule, mask
+        in_proj, gate_bias, *_ = self.weights
+        planned = (None,) * 6
+        if plan is not None:
+            planned = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
+        tensors = hidden, in_proj, gate_bias, self.deltas, state, open_sum, *planned, writes, mask
+        if torch.compiler.is_compiling() or _watched():
+            if not _step_fits(tensors, self.rule):
+                return None
+            fixed = hidden, in_proj, gate_bias, self.deltas, self.scale
+            carried = state, open_sum, [x for x in planned if x is not None]
+            results = torch.ops.delta_mem.step(*fixed, *carried, *self.rule, writes, mask)
+            return _sorted(results, len(self.deltas), open_sum)
+        output = output if output is not None and self._takes(output, hidden) else None
+        # All that the kernel relies on, of what is not known of the weights; the launch sees to the strides.
+        key = (
+            None if plan is None else (plan.kind, _kind(open_sum)), _kind(writes), _kind(mask), output is None,
+            type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
+            type(state), state.dtype, state.shape, state.get_device(),
+        )  # fmt: skip
+        launches = self._facts()
+        launch = launches.get(key)
+        if launch is None:
+            launch = launches[key] = _step_fits(tensors, self.rule) and _Launch(tensors, output, self.rule)
+        return launch(tensors, output, self.scale) if launch else None
+
+    def _takes(self, output: Tensor, hidden: Tensor) -> bool:
+        """Whether a kernel may add the first head's correction to `output` as it lies in memory."""
+        return (
+            len(self.deltas) > 0
+            and type(output) is Tensor
+            and output.dtype is hidden.dtype
+            and output.numel() == hidden.shape[0] * self.deltas[0].shape[0]
+            and output.get_device() == hidden.get_device()
+            and output.is_contiguous()
         )
-        return corrections, after, open_after
-    return _launched(tensors, output, scale, rule, (plan.kind, _kind(open_sum)))
+
+    def _find_out(self) -> "dict[tuple, _Launch | bool]":
+        return {}
 
 
-def _launched(
-    tensors: tuple, output: Tensor | None, scale: float, rule: Rule, kinds: tuple
-) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-    """What `_Step` gives for these tensors, or None.
-
-    Decoding calls this once per layer and token: what can be known from no more than this is looked up. All
-    that the kernel relies on is in the key; `_Step` sees to the strides.
-
-    Args:
-        tensors: the kernel's inputs.
-        kinds: of those that not every layer and token has.
-    """
-    hidden, in_proj, gate_bias, deltas, state = tensors[:5]
-    key = (
-        rule, kinds, _kind(tensors[-1]), output is None,
-        # `_kind` of each, written out.
-        type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
-        type(in_proj), in_proj.dtype, in_proj.shape, in_proj.get_device(),
-        type(gate_bias), gate_bias.dtype, gate_bias.shape, gate_bias.get_device(),
-        *[(type(x), x.dtype, x.shape, x.get_device()) for x in deltas],
-        type(state), state.dtype, state.shape, state.get_device(),
-    )  # fmt: skip
-    launch = _steps.get(key)
-    if launch is None:
-        launch = _steps[key] = _step_fits(tensors, rule) and _Step(tensors, output, rule)
-    return launch(tensors, output, scale) if launch else None
-
-
-_steps: dict[tuple, "_Step | bool"] = {}
+def plan_token(
+    shape: tuple[int, int],
+    ids: Tensor | None,
+    writes: Tensor | None,
+    present: Tensor | None,
+    open_count: Tensor,
+    open_ids: Tensor,
+    keep_open: Tensor | bool,
+) -> SegmentPlan | None:
+    """See `delta_mem.ops.plan_segments`; for one token, in one launch. None for what it does not take."""
+    given = open_count, open_ids, ids, writes, present, None if isinstance(keep_open, bool) else keep_open
+    if shape[1] != 1 or torch.compiler.is_compiling() or _watched():
+        return None
+    dtypes = torch.int64, torch.int64, torch.int64, torch.bool, torch.bool, torch.bool
+    there = [x for x in given if x is not None]
+    if not usable(there, 0) or not all(
+        x is None or (x.dtype is dtype and x.numel() == shape[0] and x.device == open_count.device)
+        for x, dtype in zip(given, dtypes, strict=True)
+    ):
+        return None
+    rows = shape[0]
+    flags = [open_count.new_empty(rows, *one, dtype=torch.bool) for one in ((), (1,), (1,), ())]
+    plan = SegmentPlan(
+        closes=flags[0],
+        index=open_count.new_empty(rows, 1),
+        member=flags[1],
+        ends=flags[2],
+        open_before=open_count.new_empty(rows, dtype=torch.float32),
+        counts=open_count.new_empty(rows, 2, dtype=torch.float32),
+        stays_open=flags[3],
+        open_count=torch.empty_like(open_count),
+        open_ids=torch.empty_like(open_ids),
+    )
+    given = tuple(x if x is None else x.contiguous() for x in given)
+    results = tuple(getattr(plan, field) for field in kernels.PLANNED)
+    constants = keep_open is True, 128
+    _run(
+        kernels.plan_token, (_ceil(rows, 128), 1, 1), (*given, *results), (rows,), constants, {"num_warps": 4}
+    )
+    return plan
 
 
 def _kind(x: Tensor | None) -> tuple | None:
@@ -184,8 +222,14 @@ def _kind(x: Tensor | None) -> tuple | None:
     return x if x is None else (type(x), x.dtype, x.shape, x.get_device())
 
 
+def _sorted(results: Sequence[Tensor], heads: int, open_sum: Tensor | None) -> tuple:
+    """The corrections, the state and the open sum of what the operator gives: corrections come first."""
+    corrections, (after, *sums) = list(results[:heads]), results[heads:]
+    return corrections, after, sums[0] if sums else open_sum
+
+
 def _step_fits(tensors: tuple, rule: Rule) -> bool:
-    """Whether a `_Step` takes these inputs of the kernel."""
+    """Whether a `_Launch` takes these inputs of the kernel."""
     hidden, in_proj, gate_bias, deltas, state, open_sum, *planned, writes, mask = tensors
     width = rule.num_states * rule.rank
     return (
@@ -195,6 +239,7 @@ def _step_fits(tensors: tuple, rule: Rule) -> bool:
         and 0 < hidden.shape[0] * width <= MAX_QUERIES
         and hidden.shape[2] > 0
         and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and gate_bias.is_floating_point()
         and in_proj.device == hidden.device
         and in_proj.shape == (sum(rule.sections.values()), hidden.shape[2])
         and len(deltas) > 0
@@ -220,7 +265,7 @@ def _fit(x: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, *flags: Tensor
     return (
         gate_bias.shape == (sections["beta"] + sections.get("lambda", 0),)
         and state.shape == (x.shape[0], states, rank, rank)
-        and gate_bias.dtype == state.dtype == torch.float32
+        and state.dtype == torch.float32
         and gate_bias.device == state.device == x.device
         and all(
             flag is None
@@ -448,7 +493,7 @@ def _activated_backward(z, gate_bias, rule: Rule, writes, mask, grads: tuple) ->
     return d_z
 
 
-class _Step:
+class _Launch:
     """One token's launch, for tensors like those given: all but their addresses is known.
 
     Args:
@@ -682,41 +727,25 @@ def _advance_backward(
     return _activated_backward(z, gate_bias, rule, writes, mask, grads), d_state
 
 
-def _like_step(carried: int):
-    def like(hidden, in_proj, gate_bias, deltas, scale, *given):
-        corrections = [hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas]
-        return [*[torch.empty_like(x) for x in given[:carried]], *corrections]
-
-    return like
-
-
-_STEP = "Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor[] deltas, float scale, Tensor state"
-
-
-@_operator(f"step({_STEP}, {_RULE}) -> Tensor[]", _like_step(1))
-def _step(
-    hidden, in_proj, gate_bias, deltas, scale, state,
-    num_states, rank, update, tied_gates, per_row_gates, writes, mask,
-):  # fmt: skip
-    tensors = hidden, in_proj, gate_bias, tuple(deltas), state, *(None,) * 7, writes, mask
-    rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    corrections, after, _ = _Step(tensors, None, rule)(tensors, None, scale)
-    return [after, *corrections]
+def _like_step(hidden, in_proj, gate_bias, deltas, scale, state, open_sum, *_):
+    corrections = [hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas]
+    return [*corrections, *[torch.empty_like(x) for x in (state, open_sum) if x is not None]]
 
 
 @_operator(
-    f"step_segments({_STEP}, Tensor open_sum, Tensor[] planned, "
-    "int num_states, int rank, str update, bool tied_gates, bool per_row_gates, Tensor? mask) -> Tensor[]",
-    _like_step(2),
+    "step(Tensor hidden, Tensor in_proj, Tensor gate_bias, Tensor[] deltas, float scale, Tensor state, "
+    f"Tensor? open_sum, Tensor[] planned, {_RULE}) -> Tensor[]",
+    _like_step,
 )
-def _step_segments(
+def _step(
     hidden, in_proj, gate_bias, deltas, scale, state, open_sum, planned,
-    num_states, rank, update, tied_gates, per_row_gates, mask,
+    num_states, rank, update, tied_gates, per_row_gates, writes, mask,
 ):  # fmt: skip
-    tensors = hidden, in_proj, gate_bias, tuple(deltas), state, open_sum, *planned, None, mask
+    planned = planned or (None,) * 6
+    tensors = hidden, in_proj, gate_bias, tuple(deltas), state, open_sum, *planned, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    corrections, after, open_after = _Step(tensors, None, rule)(tensors, None, scale)
-    return [after, open_after, *corrections]
+    corrections, *after = _Launch(tensors, None, rule)(tensors, None, scale)
+    return [*corrections, *[x for x in after if x is not None]]
 
 
 def _transformed() -> bool:

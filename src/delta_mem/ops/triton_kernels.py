@@ -951,3 +951,77 @@ def step(
             before, sums, count, close, seen, corrections, scale,
             STATES, SIZE, RANK, R, UPDATE, TIED, PER_ROW, SIZES, IN_PLACE, PADDED, BLOCK, SLICE, UNROLL,
         )  # fmt: skip
+
+
+# What `plan_token` leaves, in its order: fields of a `segments.SegmentPlan`.
+PLANNED = (
+    "closes", "index", "member", "ends", "open_before", "counts", "stays_open", "open_count", "open_ids",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def plan_token(
+    open_count,
+    open_ids,
+    ids,
+    writes,
+    present,
+    keep_open,
+    closes,
+    index,
+    member,
+    ends,
+    open_before,
+    counts,
+    stays_open,
+    count_after,
+    ids_after,
+    rows,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`segments.plan` of calls of one token. Grid: blocks of rows.
+
+    Args:
+        open_count, open_ids, ids, writes, present, keep_open: [rows], see there; None for ids, writes or present:
+            0, and True; None for `keep_open`: KEEP.
+        closes and so on: the plan's fields, of which `counts` is [rows, 2], the others [rows].
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    before = tl.load(open_count + row, mask=inside, other=0)
+    is_open = before > 0
+    open_id = tl.where(is_open, tl.load(open_ids + row, mask=inside, other=-1), -1)
+    written = _flag(writes, row, inside, True) & _flag(present, row, inside, True)
+    keeps = _flag(keep_open, row, inside, KEEP)
+    here = open_id * 0
+    if ids is not None:
+        here = tl.load(ids + row, mask=inside, other=-1)
+    starts = written & (here != open_id)
+    closed = starts & is_open
+    counted = written & (here >= 0)
+    id_after = tl.where(written, here, open_id)
+    left = tl.where(closed, 0, before)  # in segment 0
+    count = tl.where(starts, 0, left) + tl.where(counted, 1, 0)  # in the token's segment
+    stays = (~written) | (keeps & (id_after >= 0))
+    tl.store(closes + row, closed, mask=inside)
+    tl.store(index + row, tl.where(starts, 1, 0).to(tl.int64), mask=inside)
+    tl.store(member + row, counted, mask=inside)
+    tl.store(ends + row, written & (~keeps) & (count > 0), mask=inside)
+    tl.store(open_before + row, before.to(tl.float32), mask=inside)
+    tl.store(counts + 2 * row, tl.where(starts, left, count).to(tl.float32), mask=inside)
+    tl.store(counts + 2 * row + 1, tl.where(starts, count, 0).to(tl.float32), mask=inside)
+    tl.store(stays_open + row, stays, mask=inside)
+    tl.store(count_after + row, tl.where(stays, count, 0), mask=inside)
+    tl.store(ids_after + row, id_after, mask=inside)
+
+
+@triton.jit
+def _flag(flags, row, inside, DEFAULT: tl.constexpr):
+    """The flags of rows; DEFAULT if none are given."""
+    flag = inside
+    if flags is not None:
+        flag = tl.load(flags + row, mask=inside, other=0) != 0
+    elif not DEFAULT:
+        flag = inside & (row < 0)
+    return flag

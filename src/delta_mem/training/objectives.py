@@ -162,7 +162,10 @@ class EpisodeObjective:
         show = drawn(self.show_history)
         write = self.write_questions > 0 and drawn(self.write_questions) and not show
         memory, gates = self.write_history(model, batch)
-        gates, norms = gates.to(device), _stack(memory.layers.values(), device).detach().flatten(2).norm(dim=2)
+        gates, norms = (
+            gates.to(device),
+            _stack(memory.layers.values(), device).detach().flatten(2).norm(dim=2),
+        )
         if show:
             draws = torch.rand(first_row + rows, generator=generator)[first_row:]
             memory = _cleared(memory, draws < self.clear_memory)
@@ -202,9 +205,7 @@ class EpisodeObjective:
             loss = (1 - self.distill_weight) * loss + self.distill_weight * sums["distill_loss"]
         return {"loss": loss + self.sparsity_weight * sums["sparsity_loss"], **sums}
 
-    def write_history(
-        self, model: DeltaMemModel, batch: Mapping[str, Tensor]
-    ) -> tuple[MemoryState, Tensor]:
+    def write_history(self, model: DeltaMemModel, batch: Mapping[str, Tensor]) -> tuple[MemoryState, Tensor]:
         """The memory after the histories, and the mean write gates, [layers, B]."""
         ids, mask = batch["write_ids"], batch["write_mask"].bool()
         segments = batch["write_segments"]

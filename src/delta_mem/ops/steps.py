@@ -1,0 +1,94 @@
+"""One token of one layer in one go, for inference: what the backends' kernels for it have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import Rule
+from .segments import SegmentPlan
+
+
+class Step:
+    """From a layer's input to the corrections of its projections, for one token; made once for a layer.
+
+    In decoding it is called for every layer and token, and to ask what the weights are would take longer than
+    the kernel. So that is found out once, and again when they have been moved or cast: their addresses and
+    dtypes tell. Each backend has a class of its own, with `token` and `segment`.
+
+    Args:
+        in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
+        gate_bias: float32, see `activation.activate`.
+        deltas: of each head [its size, states * rank]; used in hidden's dtype.
+        scale: the correction of a head is scale * delta m, m being the token's read.
+        rule: the gates' settings.
+    """
+
+    def __init__(
+        self, in_proj: Tensor, gate_bias: Tensor, deltas: tuple[Tensor, ...], scale: float, rule: Rule
+    ):
+        self.weights = (in_proj, gate_bias, *deltas)
+        self.deltas, self.scale, self.rule = deltas, scale, rule
+        self._found: tuple[list[tuple[Tensor, int, torch.dtype]], Any] | None = None
+
+    def __reduce__(self):  # a copy finds out for itself
+        return type(self), (*self.weights[:2], self.deltas, self.scale, self.rule)
+
+    def token(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        writes: Tensor | None = None,
+        mask: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor] | None:
+        """
+        Args:
+            hidden: [batch, 1, size], any floating dtype.
+            state, writes, mask: as in `delta_mem.ops.advance`.
+            output: [batch, 1, size of the first head], which its correction may be added to, in place. One
+                that no kernel can add to is left as it is.
+
+        Returns:
+            The corrections [batch, 1, size of the head] in hidden's dtype, the first of them None if it has
+            been added to `output`; and the state after the token. None for what the kernel does not take.
+        """
+        raise NotImplementedError
+
+    def segment(
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        open_sum: Tensor,
+        plan: SegmentPlan,
+        mask: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
+        """`token` under segment writes; `open_sum` and `plan` are those of `delta_mem.ops.advance_segments`.
+
+        Returns:
+            The corrections, the state, the sums of the segments left open; or None, all as in `token`.
+        """
+        raise NotImplementedError
+
+    def _facts(self) -> Any:
+        """What `_find_out` found out about the weights, as long as they are where and what they were."""
+        if self._found is not None:
+            for weight, address, dtype in self._found[0]:
+                if weight.data_ptr() != address or weight.dtype is not dtype:
+                    break
+            else:
+                return self._found[1]
+        # Both at once: other threads may be here too.
+        self._found = [(x, x.data_ptr(), x.dtype) for x in self.weights], self._find_out()
+        return self._found[1]
+
+    def _find_out(self) -> Any:
+        """What the kernels need to know of the weights; None if they do not take them."""
+        raise NotImplementedError
+
+    def _learns(self, *tensors: Tensor) -> bool:
+        """Whether gradients are wanted, which no kernel has."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.weights))
