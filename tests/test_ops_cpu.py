@@ -402,11 +402,13 @@ def heads(rule, batch, sizes=(11, 6)):
 
 
 def step(hidden, in_proj, bias, deltas, state, rule, *given):
-    return cpu.Step(in_proj, bias, deltas, SCALE, rule).token(hidden, state, *given)
+    results = cpu.Step(in_proj, bias, deltas, SCALE, rule)(hidden, state, *given)
+    return results and results[:2]
 
 
-def step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, *given):
-    return cpu.Step(in_proj, bias, deltas, SCALE, rule).segment(hidden, state, open_sum, *given)
+def step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, plan, mask=None, output=None):
+    own = cpu.Step(in_proj, bias, deltas, SCALE, rule)
+    return own(hidden, state, None, mask, output, plan, open_sum)
 
 
 def check_step(step, deltas, output, expected):

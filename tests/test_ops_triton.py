@@ -198,11 +198,13 @@ def heads(rule, batch, sizes=(70, 33)):
 
 
 def step(hidden, in_proj, bias, deltas, scale, state, rule, *given):
-    return backend.Step(in_proj, bias, deltas, scale, rule).token(hidden, state, *given)
+    results = backend.Step(in_proj, bias, deltas, scale, rule)(hidden, state, *given)
+    return results and results[:2]
 
 
-def step_segments(hidden, in_proj, bias, deltas, scale, state, open_sum, rule, *given):
-    return backend.Step(in_proj, bias, deltas, scale, rule).segment(hidden, state, open_sum, *given)
+def step_segments(hidden, in_proj, bias, deltas, scale, state, open_sum, rule, plan, mask=None, output=None):
+    own = backend.Step(in_proj, bias, deltas, scale, rule)
+    return own(hidden, state, None, mask, output, plan, open_sum)
 
 
 def check_step(before, after, expected, step=step):
@@ -565,7 +567,7 @@ def test_auto_takes_the_kernels_on_a_gpu_and_graphs_capture_them():
     own = ops.one_token(weight, bias, deltas, 2.0, rule)
 
     def flat(state):
-        (first, second), after = own.token(hidden, state)
+        (first, second), after, _ = own(hidden, state)
         return first, second, after
 
     flat(state)

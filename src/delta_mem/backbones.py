@@ -359,7 +359,7 @@ class MemoryCall:
 
     @property
     def measures(self) -> bool:
-        """Whether the trace wants to know the sizes of corrections; checkpointing's second forward does not."""
+        """Whether the trace asks for the sizes of corrections; checkpointing's second forward does not."""
         return self.trace is not None and self.trace.measure_corrections and self.left is not None
 
     def _plan_on(self, device: torch.device) -> WritePlan:
@@ -409,12 +409,10 @@ class MemoryCall:
         trace.gates, self.gates, trace.corrections = self.gates, {}, {}
         if self.sizes:
             device = self.memory.tokens_written.device
-            size, whole = (
-                torch.stack([x.to(device) for x in column]) for column in zip(*self.sizes.values())
-            )
-            for (index, head), ratio in zip(
-                self.sizes, (size / whole.clamp(min=1e-12)).unbind(), strict=True
-            ):
+            columns = zip(*self.sizes.values(), strict=True)
+            size, whole = (torch.stack([x.to(device) for x in column]) for column in columns)
+            ratios = (size / whole.clamp(min=1e-12)).unbind()
+            for (index, head), ratio in zip(self.sizes, ratios, strict=True):
                 trace.corrections.setdefault(index, {})[head] = ratio
 
 

@@ -265,8 +265,8 @@ def training_step(
 ) -> Iterator[Row]:
     """Forward and backward of one episode: `write` tokens of history, `read` of question and answer.
 
-    δ-mem's is the trainer's objective, with the metrics that it logs. LoRA, which has no memory, reads both as
-    one sequence. The loss is on all but the first of the last `read` tokens.
+    δ-mem's is the trainer's objective, with the metrics that it logs. LoRA, which has no memory, reads both
+    as one sequence. The loss is on all but the first of the last `read` tokens.
     """
     from .training import EpisodeObjective
 

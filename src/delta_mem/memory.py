@@ -254,28 +254,21 @@ class DeltaMemory(nn.Module):
                 corrected in place.
 
         Returns:
-            The corrections [batch, 1, size] in the order of `config.heads`, the first of them None if `output`
-            has been corrected; the new state; the new open sum. None where there is no such kernel.
+            The corrections [batch, 1, size] in the order of `config.heads`, the first of them None if
+            `output` has been corrected; the new state; the new open sum. None where there is no such kernel.
         """
         if not self._in_one_go:
             return None
-        own = self._own_step()
-        if plan.segments is None:
-            results = own.token(hidden, state, plan.writes, plan.mask, output)
-        else:
-            results = own.segment(hidden, state, open_sum, plan.segments, plan.mask, output)
-        if results is None:
-            return None
-        corrections, after, *sums = results
-        return corrections, state if plan.read_only else after, sums[0] if sums else open_sum
+        results = self._own_step()(hidden, state, plan.writes, plan.mask, output, plan.segments, open_sum)
+        if results is None or not plan.read_only:
+            return results
+        return results[0], state, open_sum
 
     def _own_step(self) -> ops.Step:
         """This layer's `ops.Step`, for the weights that it has now."""
-        weights = self._parameters
-        recorded = torch.compiler.is_compiling()
-        if not recorded and self._step is not None:
-            if all(map(operator.is_, weights.values(), self._step.weights)):
-                return self._step
+        weights, own, recorded = self._parameters, self._step, torch.compiler.is_compiling()
+        if not recorded and own is not None and all(map(operator.is_, weights.values(), own.weights)):
+            return own
         in_proj, gate_bias, *deltas = [weights[name] for name in self._step_weights]
         own = ops.one_token(in_proj, gate_bias, tuple(deltas), self._scale, self.rule)
         if not recorded:

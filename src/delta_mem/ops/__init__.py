@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from . import chunked, cpu, naive, segments, triton
 from .activation import Rule, activate, direction
-from .steps import Step
 from .segments import SegmentPlan
+from .steps import Step
 
 __all__ = [
     "BACKENDS",

@@ -31,10 +31,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 # By themselves, not as attributes: each is asked several times a layer.
-from torch import is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
@@ -137,38 +136,55 @@ def advance_segments(
 class Step(steps.Step):
     """For few rows in float32."""
 
-    def token(
+    def __call__(
         self,
         hidden: Tensor,
         state: Tensor,
         writes: Tensor | None = None,
         mask: Tensor | None = None,
         output: Tensor | None = None,
-    ) -> tuple[list[Tensor | None], Tensor] | None:
-        one = self._one_token(hidden, state, mask, output)
-        if one is None or not (writes is None or _are_flags(writes, hidden.shape[0], 1)):
+        segments: SegmentPlan | None = None,
+        open_sum: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
+        if is_compiling() or _watched() or (is_grad_enabled() and self._learns(hidden, state)):
             return None
-        facts, after, first, last, corrections = one
-        by_writes = (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
-        facts.token(*first, *by_writes, *last)
-        return corrections, after
-
-    def segment(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        open_sum: Tensor,
-        plan: SegmentPlan,
-        mask: Tensor | None = None,
-        output: Tensor | None = None,
-    ) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
-        one = self._one_token(hidden, state, mask, output, open_sum)
-        parts = one and _segments(open_sum, plan, (hidden.shape[0], 1), one[0].features, self.rule)
-        if parts is None:
+        facts, shape, new_sum = self._facts(), hidden.shape, None
+        batch = shape[0]
+        if (
+            facts is None
+            or not 0 < batch <= FEW
+            or shape != (batch, 1, facts.size)
+            or state.shape != (batch, *facts.state)
+            or not (_is_plain_float32(hidden) and _is_plain_float32(state))
+            or not (writes is None or _are_flags(writes, batch, 1))
+            or not (mask is None or _are_flags(mask, batch, 1))
+        ):
             return None
-        facts, after, first, last, corrections = one
-        new_sum = torch.empty_like(open_sum)
-        facts.segment(*first, new_sum.data_ptr(), *parts, *last)
+        kernel, between = facts.token, (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
+        if segments is not None:
+            planned = _segments(open_sum, segments, (batch, 1), facts.features, self.rule)
+            if planned is None:
+                return None
+            new_sum = torch.empty_like(open_sum)
+            kernel, between = facts.segment, (new_sum.data_ptr(), *planned)
+        in_place = (
+            output is not None and _is_plain_float32(output) and output.numel() == batch * facts.sizes[0]
+        )
+        corrections, to = [], []
+        for size in facts.sizes:
+            if in_place and not to:
+                corrections.append(None)
+                to.append(output.data_ptr())
+            else:
+                correction = hidden.new_empty((batch, 1, size))
+                corrections.append(correction)
+                to.append(correction.data_ptr())
+        after = torch.empty_like(state)
+        kernel(
+            facts.layer, self.scale, hidden.data_ptr(), state.data_ptr(), after.data_ptr(),
+            *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))), *between,
+            batch, int(in_place), (*to, *facts.absent),
+        )  # fmt: skip
         return corrections, after, new_sum
 
     def _find_out(self) -> SimpleNamespace | None:
@@ -198,45 +214,6 @@ class Step(steps.Step):
             token=_kernels().kernel("step", rank),
             segment=_kernels().kernel("step_segments", rank),
         )
-
-    def _one_token(
-        self, hidden: Tensor, state: Tensor, mask: Tensor | None, output: Tensor | None, *others: Tensor
-    ) -> tuple | None:
-        """What the kernels take; None for what they do not.
-
-        Returns:
-            What is known of the weights, the state after, the kernels' first arguments and their last, and
-            the corrections.
-        """
-        if is_compiling() or _watched() or (is_grad_enabled() and self._learns(hidden, state, *others)):
-            return None
-        facts, shape = self._facts(), hidden.shape
-        batch = shape[0]
-        if (
-            facts is None
-            or not 0 < batch <= FEW
-            or shape != (batch, 1, facts.size)
-            or state.shape != (batch, *facts.state)
-            or not (_is_plain_float32(hidden) and _is_plain_float32(state))
-            or not (mask is None or _are_flags(mask, batch, 1))
-        ):
-            return None
-        in_place = (
-            output is not None and _is_plain_float32(output) and output.numel() == batch * facts.sizes[0]
-        )
-        corrections, to = [], []
-        for size in facts.sizes:
-            if in_place and not to:
-                corrections.append(None)
-                to.append(output.data_ptr())
-            else:
-                correction = hidden.new_empty((batch, 1, size))
-                corrections.append(correction)
-                to.append(correction.data_ptr())
-        after = torch.empty_like(state)
-        by_mask = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-        first = facts.layer, self.scale, hidden.data_ptr(), state.data_ptr(), after.data_ptr(), *by_mask
-        return facts, after, first, (batch, int(in_place), (*to, *facts.absent)), corrections
 
 
 def plan_segments(

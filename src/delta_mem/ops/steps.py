@@ -16,7 +16,7 @@ class Step:
 
     In decoding it is called for every layer and token, and to ask what the weights are would take longer than
     the kernel. So that is found out once, and again when they have been moved or cast: their addresses and
-    dtypes tell. Each backend has a class of its own, with `token` and `segment`.
+    dtypes tell. Each backend has a class of its own.
 
     Args:
         in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
@@ -29,47 +29,38 @@ class Step:
     def __init__(
         self, in_proj: Tensor, gate_bias: Tensor, deltas: tuple[Tensor, ...], scale: float, rule: Rule
     ):
+        self.packed, self.scale, self.rule = (in_proj, gate_bias, deltas), scale, rule
         self.weights = (in_proj, gate_bias, *deltas)
-        self.deltas, self.scale, self.rule = deltas, scale, rule
+        self.first_size = deltas[0].shape[0] if deltas else 0
         self._found: tuple[list[tuple[Tensor, int, torch.dtype]], Any] | None = None
 
     def __reduce__(self):  # a copy finds out for itself
-        return type(self), (*self.weights[:2], self.deltas, self.scale, self.rule)
+        return type(self), (*self.packed, self.scale, self.rule)
 
-    def token(
+    def __call__(
         self,
         hidden: Tensor,
         state: Tensor,
         writes: Tensor | None = None,
         mask: Tensor | None = None,
         output: Tensor | None = None,
-    ) -> tuple[list[Tensor | None], Tensor] | None:
-        """
+        segments: SegmentPlan | None = None,
+        open_sum: Tensor | None = None,
+    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
+        """One token.
+
         Args:
             hidden: [batch, 1, size], any floating dtype.
             state, writes, mask: as in `delta_mem.ops.advance`.
             output: [batch, 1, size of the first head], which its correction may be added to, in place. One
                 that no kernel can add to is left as it is.
+            segments, open_sum: under segment writes, instead of writes: the plan and the sums that
+                `delta_mem.ops.advance_segments` takes.
 
         Returns:
             The corrections [batch, 1, size of the head] in hidden's dtype, the first of them None if it has
-            been added to `output`; and the state after the token. None for what the kernel does not take.
-        """
-        raise NotImplementedError
-
-    def segment(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        open_sum: Tensor,
-        plan: SegmentPlan,
-        mask: Tensor | None = None,
-        output: Tensor | None = None,
-    ) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
-        """`token` under segment writes; `open_sum` and `plan` are those of `delta_mem.ops.advance_segments`.
-
-        Returns:
-            The corrections, the state, the sums of the segments left open; or None, all as in `token`.
+            been added to `output`; the state after the token; and the sums of the segments left open. None
+            for what the kernel does not take.
         """
         raise NotImplementedError
 

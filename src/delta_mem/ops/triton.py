@@ -14,9 +14,10 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from . import steps
 from .activation import Rule
@@ -44,7 +45,7 @@ def usable(tensors: Sequence[Tensor], rank: int) -> bool:
         kernels is not None
         and runs_on(tensors[0])
         and rank <= MAX_RANK
-        and (torch.compiler.is_compiling() or (_PLAIN.issuperset(map(type, tensors)) and not _transformed()))
+        and (is_compiling() or (_PLAIN.issuperset(map(type, tensors)) and not _transformed()))
     )
 
 
@@ -100,79 +101,63 @@ def advance(
 class Step(steps.Step):
     """For up to `MAX_QUERIES` queries; under torch.compile, one operator of the graph."""
 
-    def token(
+    def __call__(
         self,
         hidden: Tensor,
         state: Tensor,
         writes: Tensor | None = None,
         mask: Tensor | None = None,
         output: Tensor | None = None,
-    ) -> tuple[list[Tensor | None], Tensor] | None:
-        results = self._step(hidden, state, None, None, writes, mask, output)
-        return results and results[:2]
-
-    def segment(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        open_sum: Tensor,
-        plan: SegmentPlan,
-        mask: Tensor | None = None,
-        output: Tensor | None = None,
-    ) -> tuple[list[Tensor | None], Tensor, Tensor] | None:
-        return self._step(hidden, state, open_sum, plan, None, mask, output)
-
-    def _step(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        open_sum: Tensor | None,
-        plan: SegmentPlan | None,
-        writes: Tensor | None,
-        mask: Tensor | None,
-        output: Tensor | None,
+        segments: SegmentPlan | None = None,
+        open_sum: Tensor | None = None,
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-        """Both: without a plan, `token`, and the open sum is None."""
-        if _transformed() or self._learns(hidden, state):
+        if _transformed() or (is_grad_enabled() and self._learns(hidden, state)):
             return None
-        in_proj, gate_bias, *_ = self.weights
-        planned = (None,) * 6
-        if plan is not None:
-            planned = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
-        tensors = hidden, in_proj, gate_bias, self.deltas, state, open_sum, *planned, writes, mask
-        if torch.compiler.is_compiling() or _watched():
-            if not _step_fits(tensors, self.rule):
-                return None
-            fixed = hidden, in_proj, gate_bias, self.deltas, self.scale
-            carried = state, open_sum, [x for x in planned if x is not None]
-            results = torch.ops.delta_mem.step(*fixed, *carried, *self.rule, writes, mask)
-            return _sorted(results, len(self.deltas), open_sum)
-        output = output if output is not None and self._takes(output, hidden) else None
-        # All that the kernel relies on, of what is not known of the weights; the launch sees to the strides.
+        given = None, *_NO_PLAN, writes, mask
+        if segments is not None:
+            given = open_sum, *[getattr(segments, name) for name in kernels.PLAN], writes, mask
+        if is_compiling() or _watched():
+            return self._recorded(hidden, state, given)
+        in_place = (
+            output is not None
+            and type(output) is Tensor
+            and output.dtype is hidden.dtype
+            and output.numel() == hidden.shape[0] * self.first_size
+            and output.get_device() == hidden.get_device()
+            and output.is_contiguous()
+        )
+        # All that the kernel relies on, of what is not known of the weights.
         key = (
-            None if plan is None else (plan.kind, _kind(open_sum)), _kind(writes), _kind(mask), output is None,
-            type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
+            in_place, type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
             type(state), state.dtype, state.shape, state.get_device(),
+            None if writes is None else _kind(writes), None if mask is None else _kind(mask),
+            None if segments is None else (segments.kind, _kind(open_sum)),
         )  # fmt: skip
         launches = self._facts()
         launch = launches.get(key)
         if launch is None:
-            launch = launches[key] = _step_fits(tensors, self.rule) and _Launch(tensors, output, self.rule)
-        return launch(tensors, output, self.scale) if launch else None
+            tensors = hidden, *self.packed, state, *given
+            launch = _step_fits(tensors, self.rule) and _Launch(tensors, in_place, self.scale, self.rule)
+            launches[key] = launch
+        return launch(hidden, state, given, output) if launch else None
 
-    def _takes(self, output: Tensor, hidden: Tensor) -> bool:
-        """Whether a kernel may add the first head's correction to `output` as it lies in memory."""
-        return (
-            len(self.deltas) > 0
-            and type(output) is Tensor
-            and output.dtype is hidden.dtype
-            and output.numel() == hidden.shape[0] * self.deltas[0].shape[0]
-            and output.get_device() == hidden.get_device()
-            and output.is_contiguous()
+    def _recorded(self, hidden: Tensor, state: Tensor, given: tuple) -> tuple | None:
+        """The operator's results."""
+        if not _step_fits((hidden, *self.packed, state, *given), self.rule):
+            return None
+        open_sum, *planned, writes, mask = given
+        carried = state, open_sum, [x for x in planned if x is not None]
+        results = torch.ops.delta_mem.step(
+            hidden, *self.packed, self.scale, *carried, *self.rule, writes, mask
         )
+        heads = len(self.packed[2])
+        return results[:heads], results[heads], None if open_sum is None else results[heads + 1]
 
     def _find_out(self) -> "dict[tuple, _Launch | bool]":
         return {}
+
+
+_NO_PLAN = (None,) * 6
 
 
 def plan_token(
@@ -186,7 +171,7 @@ def plan_token(
 ) -> SegmentPlan | None:
     """See `delta_mem.ops.plan_segments`; for one token, in one launch. None for what it does not take."""
     given = open_count, open_ids, ids, writes, present, None if isinstance(keep_open, bool) else keep_open
-    if shape[1] != 1 or torch.compiler.is_compiling() or _watched():
+    if shape[1] != 1 or is_compiling() or _watched():
         return None
     dtypes = torch.int64, torch.int64, torch.int64, torch.bool, torch.bool, torch.bool
     there = [x for x in given if x is not None]
@@ -220,12 +205,6 @@ def plan_token(
 def _kind(x: Tensor | None) -> tuple | None:
     """What a launch needs to know of a tensor, but for its address and strides."""
     return x if x is None else (type(x), x.dtype, x.shape, x.get_device())
-
-
-def _sorted(results: Sequence[Tensor], heads: int, open_sum: Tensor | None) -> tuple:
-    """The corrections, the state and the open sum of what the operator gives: corrections come first."""
-    corrections, (after, *sums) = list(results[:heads]), results[heads:]
-    return corrections, after, sums[0] if sums else open_sum
 
 
 def _step_fits(tensors: tuple, rule: Rule) -> bool:
@@ -494,43 +473,48 @@ def _activated_backward(z, gate_bias, rule: Rule, writes, mask, grads: tuple) ->
 
 
 class _Launch:
-    """One token's launch, for tensors like those given: all but their addresses is known.
+    """One token's launch for one layer's weights, where they are now, and for a token like the one given.
 
     Args:
         tensors: the kernel's inputs: hidden, in_proj, gate_bias, deltas, state, open_sum, …
-        output: what the first head's projection gave, to be corrected in place; or None.
+        in_place: the first head is corrected in place.
+        scale: of the corrections.
     """
 
-    def __init__(self, tensors: tuple, output: Tensor | None, rule: Rule):
-        hidden, _, _, deltas, state, open_sum, *_ = tensors
+    def __init__(self, tensors: tuple, in_place: bool, scale: float, rule: Rule):
+        hidden, in_proj, gate_bias, deltas, state, open_sum, *given = tensors
         batch, _, size = hidden.shape
         sizes = tuple(len(delta) for delta in deltas)
-        self.in_place = output is not None
-        self.corrections = [(batch, 1, n) for n in sizes[self.in_place :]]
+        self.in_place, self.scale = in_place, (scale,)
+        self.corrections = [(batch, 1, n) for n in sizes[in_place:]]
         R = _cut(batch, rule.num_states, rule.rank).padded
         padded = 1 << (rule.num_states - 1).bit_length()
         rows, block, span, unroll, warps = _step_cut(batch, padded * R)
-        constants = rule.num_states, size, rule.rank, R, *rule[2:], sizes, self.in_place
+        constants = rule.num_states, size, rule.rank, R, *rule[2:], sizes, in_place
         constants += padded, rows, block, span, unroll
         blocks = sum(_ceil(n, block) for n in sizes)
         self.grid = rule.num_states * (R // rows) + blocks, batch, 1
         results = (hidden,) * len(sizes), state, open_sum  # of the same dtypes
         self.kernel = _kernel(kernels.step, (*tensors, *results), constants, {"num_warps": warps})
+        self.weights = in_proj, gate_bias, deltas
+        self.side_by_side = all(x.is_contiguous() for x in (in_proj, gate_bias, *deltas))
+        self.alone = all(x is None for x in (open_sum, *given))
 
     def __call__(
-        self, tensors: tuple, output: Tensor | None, scale: float
+        self, hidden: Tensor, state: Tensor, given: tuple, output: Tensor | None
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
         """The corrections, the first None if it has been added to `output`; the new state and open sum."""
-        hidden, in_proj, gate_bias, deltas, *given = tensors
-        hidden, in_proj, gate_bias = hidden.contiguous(), in_proj.contiguous(), gate_bias.contiguous()
-        deltas = tuple([x.contiguous() for x in deltas])
-        given = [x if x is None else x.contiguous() for x in given]
-        after = torch.empty_like(given[0])
-        open_after = None if given[1] is None else torch.empty_like(given[1])
+        hidden, state, weights, open_after = hidden.contiguous(), state.contiguous(), self.weights, None
+        if not self.side_by_side:
+            in_proj, gate_bias, deltas = weights
+            weights = in_proj.contiguous(), gate_bias.contiguous(), tuple([x.contiguous() for x in deltas])
+        if not self.alone:
+            given = [x if x is None else x.contiguous() for x in given]
+            open_after = None if given[0] is None else torch.empty_like(given[0])
+        after = torch.empty_like(state)
         corrections = [hidden.new_empty(size) for size in self.corrections]
         to = (output, *corrections) if self.in_place else tuple(corrections)
-        given = (hidden, in_proj, gate_bias, deltas, *given, to, after, open_after)
-        self.kernel(self.grid, given, (scale,))
+        self.kernel(self.grid, (hidden, *weights, state, *given, to, after, open_after), self.scale)
         return ([None, *corrections] if self.in_place else corrections), after, open_after
 
 
@@ -643,7 +627,7 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(*args):
-            return seen(*args) if torch.compiler.is_compiling() or _watched() else function(*args)
+            return seen(*args) if is_compiling() or _watched() else function(*args)
 
         return call
 
@@ -744,7 +728,8 @@ def _step(
     planned = planned or (None,) * 6
     tensors = hidden, in_proj, gate_bias, tuple(deltas), state, open_sum, *planned, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    corrections, *after = _Launch(tensors, None, rule)(tensors, None, scale)
+    launch = _Launch(tensors, False, scale, rule)
+    corrections, *after = launch(hidden, state, tensors[5:], None)
     return [*corrections, *[x for x in after if x is not None]]
 
 

@@ -953,7 +953,8 @@ def step(
         )  # fmt: skip
 
 
-# What `plan_token` leaves, in its order: fields of a `segments.SegmentPlan`.
+# Fields of a `segments.SegmentPlan` in order: those that `step` takes, and those that `plan_token` leaves.
+PLAN = ("index", "member", "ends", "closes", "open_before", "stays_open")
 PLANNED = (
     "closes", "index", "member", "ends", "open_before", "counts", "stays_open", "open_count", "open_ids",
 )  # fmt: skip
@@ -983,8 +984,8 @@ def plan_token(
     """`segments.plan` of calls of one token. Grid: blocks of rows.
 
     Args:
-        open_count, open_ids, ids, writes, present, keep_open: [rows], see there; None for ids, writes or present:
-            0, and True; None for `keep_open`: KEEP.
+        open_count, open_ids, ids, writes, present, keep_open: [rows], see there. None for ids are zeros, for
+            writes and present True, for keep_open KEEP.
         closes and so on: the plan's fields, of which `counts` is [rows, 2], the others [rows].
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
