@@ -1,5 +1,6 @@
 """The compiled backend: what is special to it. That it computes what the definition says, test_ops.py shows."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -450,6 +451,36 @@ def test_step_of_segments_equals_parts(rule):
         fixed = hidden, in_proj, bias, deltas, state, open_sum, rule, plan, present
         expected = cpu.advance_segments(z, bias, state, open_sum, rule, plan, present)
         check_step(lambda output, fixed=fixed: step_segments(*fixed, output), deltas, output, expected)
+
+
+def test_room_for_corrections_is_used_again_by_the_next_layer():
+    rule = Rule(1, 8)
+    hidden, in_proj, bias, state = one_token(rule)
+    deltas, _ = heads(rule, 3)
+    layers = [cpu.Step(in_proj * factor, bias, deltas, SCALE, rule) for factor in (1.0, 2.0)]
+    apart = [layer(hidden, state)[0] for layer in layers]
+    room = {}
+    first, second = layers
+    kept = first(hidden, state, room=room)[0]
+    assert all(map(torch.equal, kept, apart[0]))
+    again = second(hidden, state, room=room)[0]
+    assert all(map(torch.equal, again, apart[1])) and again[0] is kept[0]
+
+
+def test_a_step_sees_that_its_weights_were_moved_or_replaced():
+    rule = Rule(1, 8)
+    hidden, in_proj, bias, state = one_token(rule)
+    deltas, _ = heads(rule, 3)
+    own = cpu.Step(in_proj, bias, deltas, SCALE, rule)
+    before = own(hidden, state)[0][0].clone()
+    in_proj.data = 2 * in_proj
+    expected = step(hidden, in_proj, bias, deltas, state, rule)[0][0]
+    assert torch.equal(own(hidden, state)[0][0], expected) and not torch.equal(before, expected)
+    in_proj.data = in_proj.double()
+    assert own(hidden, state) is None
+    copied = copy.deepcopy(own)
+    copied.weights[0].data = in_proj.float()
+    assert torch.equal(copied(hidden, state)[0][0], expected)
 
 
 def test_steps_leave_to_others_what_is_not_as_it_should_be():

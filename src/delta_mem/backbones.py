@@ -303,6 +303,7 @@ class MemoryCall:
         # Of a token that nobody looks into, nothing but corrections and states is needed.
         watched = keep_inputs or trace is not None or torch.is_grad_enabled()
         self.one_token = shape[1] == 1 and not watched
+        self.room: dict = {}  # for corrections of one token, which last until the next layer's
         self.gates: dict[int, Tensor] = {}
         self.sizes: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # (layer, head): correction's, output's
 
@@ -317,7 +318,7 @@ class MemoryCall:
     def step(self, index: int, hidden: Tensor, output: Tensor | None) -> list[Tensor | None] | None:
         """`take` of one token, on to the corrections; None where `DeltaMemory.step` has no kernel for it."""
         given = self.states[index], self.open_sums.get(index), self._plan_on(hidden.device)
-        results = self.adapters[index].step(hidden, *given, output)
+        results = self.adapters[index].step(hidden, *given, output, self.room)
         if results is None:
             return None
         corrections, *after = results

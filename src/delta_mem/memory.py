@@ -244,6 +244,7 @@ class DeltaMemory(nn.Module):
         open_sum: Tensor | None,
         plan: WritePlan,
         output: Tensor | None = None,
+        room: dict | None = None,
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
         """`project`, `advance` and `correct` of one token, for inference: one kernel where there is one.
 
@@ -252,6 +253,7 @@ class DeltaMemory(nn.Module):
             state, open_sum, plan: as in `advance`.
             output: [batch, 1, size], what the projection of the first head of `config.heads` gave: may be
                 corrected in place.
+            room: for the corrections, see `ops.Step`.
 
         Returns:
             The corrections [batch, 1, size] in the order of `config.heads`, the first of them None if
@@ -259,7 +261,8 @@ class DeltaMemory(nn.Module):
         """
         if not self._in_one_go:
             return None
-        results = self._own_step()(hidden, state, plan.writes, plan.mask, output, plan.segments, open_sum)
+        given = state, plan.writes, plan.mask, output, plan.segments, open_sum, room
+        results = self._own_step()(hidden, *given)
         if results is None or not plan.read_only:
             return results
         return results[0], state, open_sum

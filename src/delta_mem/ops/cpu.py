@@ -145,6 +145,7 @@ class Step(steps.Step):
         output: Tensor | None = None,
         segments: SegmentPlan | None = None,
         open_sum: Tensor | None = None,
+        room: dict | None = None,
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
         if is_compiling() or _watched() or (is_grad_enabled() and self._learns(hidden, state)):
             return None
@@ -170,20 +171,15 @@ class Step(steps.Step):
         in_place = (
             output is not None and _is_plain_float32(output) and output.numel() == batch * facts.sizes[0]
         )
-        corrections, to = [], []
-        for size in facts.sizes:
-            if in_place and not to:
-                corrections.append(None)
-                to.append(output.data_ptr())
-            else:
-                correction = hidden.new_empty((batch, 1, size))
-                corrections.append(correction)
-                to.append(correction.data_ptr())
+        corrections = self._room(hidden, facts.sizes, in_place, room)
+        to = tuple([x.data_ptr() for x in corrections])
+        if in_place:
+            corrections, to = [None, *corrections], (output.data_ptr(), *to)
         after = torch.empty_like(state)
         kernel(
             facts.layer, self.scale, hidden.data_ptr(), state.data_ptr(), after.data_ptr(),
             *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))), *between,
-            batch, int(in_place), (*to, *facts.absent),
+            batch, int(in_place), to + facts.absent,
         )  # fmt: skip
         return corrections, after, new_sum
 
@@ -208,7 +204,7 @@ class Step(steps.Step):
             features=features,
             state=(states, rank, rank),
             size=in_proj.shape[1],
-            sizes=[len(delta) for delta in deltas],
+            sizes=tuple(len(delta) for delta in deltas),
             absent=absent,
             layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
             token=_kernels().kernel("step", rank),

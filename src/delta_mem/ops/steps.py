@@ -46,6 +46,7 @@ class Step:
         output: Tensor | None = None,
         segments: SegmentPlan | None = None,
         open_sum: Tensor | None = None,
+        room: dict | None = None,
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
         """One token.
 
@@ -56,6 +57,8 @@ class Step:
                 that no kernel can add to is left as it is.
             segments, open_sum: under segment writes, instead of writes: the plan and the sums that
                 `delta_mem.ops.advance_segments` takes.
+            room: a dict to keep room for corrections in, which then are good until it is passed again; None:
+                the caller may keep them.
 
         Returns:
             The corrections [batch, 1, size of the head] in hidden's dtype, the first of them None if it has
@@ -63,6 +66,19 @@ class Step:
             for what the kernel does not take.
         """
         raise NotImplementedError
+
+    def _room(
+        self, hidden: Tensor, sizes: tuple[int, ...], in_place: bool, room: dict | None
+    ) -> list[Tensor]:
+        """Where corrections go that are not added to an output, [batch, 1, size] each."""
+        batch = hidden.shape[0]
+        key = batch, sizes, in_place, hidden.dtype, hidden.get_device()
+        found = None if room is None else room.get(key)
+        if found is None:
+            found = [hidden.new_empty((batch, 1, size)) for size in sizes[in_place:]]
+            if room is not None:
+                room[key] = found
+        return found
 
     def _facts(self) -> Any:
         """What `_find_out` found out about the weights, as long as they are where and what they were."""

@@ -110,6 +110,7 @@ class Step(steps.Step):
         output: Tensor | None = None,
         segments: SegmentPlan | None = None,
         open_sum: Tensor | None = None,
+        room: dict | None = None,
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
         if _transformed() or (is_grad_enabled() and self._learns(hidden, state)):
             return None
@@ -139,7 +140,11 @@ class Step(steps.Step):
             tensors = hidden, *self.packed, state, *given
             launch = _step_fits(tensors, self.rule) and _Launch(tensors, in_place, self.scale, self.rule)
             launches[key] = launch
-        return launch(hidden, state, given, output) if launch else None
+        if not launch:
+            return None
+        corrections = self._room(hidden, launch.sizes, in_place, room)
+        after = launch(hidden, state, given, (output, *corrections) if in_place else tuple(corrections))
+        return ([None, *corrections] if in_place else corrections), *after
 
     def _recorded(self, hidden: Tensor, state: Tensor, given: tuple) -> tuple | None:
         """The operator's results."""
@@ -485,8 +490,7 @@ class _Launch:
         hidden, in_proj, gate_bias, deltas, state, open_sum, *given = tensors
         batch, _, size = hidden.shape
         sizes = tuple(len(delta) for delta in deltas)
-        self.in_place, self.scale = in_place, (scale,)
-        self.corrections = [(batch, 1, n) for n in sizes[in_place:]]
+        self.sizes, self.scale = sizes, (scale,)
         R = _cut(batch, rule.num_states, rule.rank).padded
         padded = 1 << (rule.num_states - 1).bit_length()
         rows, block, span, unroll, warps = _step_cut(batch, padded * R)
@@ -501,9 +505,9 @@ class _Launch:
         self.alone = all(x is None for x in (open_sum, *given))
 
     def __call__(
-        self, hidden: Tensor, state: Tensor, given: tuple, output: Tensor | None
-    ) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
-        """The corrections, the first None if it has been added to `output`; the new state and open sum."""
+        self, hidden: Tensor, state: Tensor, given: tuple, to: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Writes the corrections to `to`; returns the new state and open sum."""
         hidden, state, weights, open_after = hidden.contiguous(), state.contiguous(), self.weights, None
         if not self.side_by_side:
             in_proj, gate_bias, deltas = weights
@@ -512,10 +516,8 @@ class _Launch:
             given = [x if x is None else x.contiguous() for x in given]
             open_after = None if given[0] is None else torch.empty_like(given[0])
         after = torch.empty_like(state)
-        corrections = [hidden.new_empty(size) for size in self.corrections]
-        to = (output, *corrections) if self.in_place else tuple(corrections)
         self.kernel(self.grid, (hidden, *weights, state, *given, to, after, open_after), self.scale)
-        return ([None, *corrections] if self.in_place else corrections), after, open_after
+        return after, open_after
 
 
 def _step_cut(batch: int, queries: int) -> tuple[int, int, int, int, int]:
@@ -728,9 +730,9 @@ def _step(
     planned = planned or (None,) * 6
     tensors = hidden, in_proj, gate_bias, tuple(deltas), state, open_sum, *planned, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
-    launch = _Launch(tensors, False, scale, rule)
-    corrections, *after = launch(hidden, state, tensors[5:], None)
-    return [*corrections, *[x for x in after if x is not None]]
+    to = tuple(hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas)
+    after = _Launch(tensors, False, scale, rule)(hidden, state, tensors[5:], to)
+    return [*to, *[x for x in after if x is not None]]
 
 
 def _transformed() -> bool:
