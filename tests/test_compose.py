@@ -356,6 +356,25 @@ def test_a_token_is_written_where_no_projection_is_asked():
     assert memory.tokens_written.tolist() == [3]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda adapter: adapter.to(torch.float64).to(torch.float32),
+        lambda adapter: setattr(adapter, "delta_q", torch.nn.Parameter(2 * adapter.delta_q.detach())),
+        lambda adapter: adapter.in_proj.data.neg_(),
+        lambda adapter: setattr(adapter.in_proj, "data", -adapter.in_proj.data),
+    ],
+    ids=("cast", "replaced", "written to", "new storage"),
+)
+def test_a_token_is_that_of_the_weights_as_they_are_now(change):
+    model, fresh = seeded(backbone("qwen3")), seeded(backbone("qwen3"))
+    token_after_token(model, model.new_memory())  # finds out about the weights
+    for each in (model, fresh):
+        change(each.adapters["0"])
+    model.train().eval()  # weights were changed unseen
+    same(token_after_token(model, model.new_memory()), token_after_token(fresh, fresh.new_memory()))
+
+
 def test_other_hooks_and_autocast_change_no_dtype():
     model = seeded(backbone("qwen3"))
     seen = []

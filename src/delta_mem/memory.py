@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -277,6 +278,10 @@ class DeltaMemory(nn.Module):
         if not recorded:
             self._step = own
         return own
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DeltaMemory:
+        self._step = None  # where the weights go, another backend may be at home
+        return super()._apply(*args, **kwargs)
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
