@@ -161,13 +161,13 @@ class Step(steps.Step):
             or not (mask is None or _are_flags(mask, batch, 1))
         ):
             return None
-        kernel, between = facts.token, (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
+        name, between = "step", (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
         if segments is not None:
             planned = _segments(open_sum, segments, (batch, 1), facts.features, self.rule)
             if planned is None:
                 return None
             new_sum = torch.empty_like(open_sum)
-            kernel, between = facts.segment, (new_sum.data_ptr(), *planned)
+            name, between = "step_segments", (new_sum.data_ptr(), *planned)
         in_place = (
             output is not None and _is_plain_float32(output) and output.numel() == batch * facts.sizes[0]
         )
@@ -176,6 +176,9 @@ class Step(steps.Step):
         if in_place:
             corrections, to = [None, *corrections], (output.data_ptr(), *to)
         after = torch.empty_like(state)
+        kernel = facts.kernels.get(name)
+        if kernel is None:  # not both at once: to compile takes seconds
+            kernel = facts.kernels[name] = _kernels().kernel(name, self.rule.rank)
         kernel(
             facts.layer, self.scale, hidden.data_ptr(), state.data_ptr(), after.data_ptr(),
             *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))), *between,
@@ -207,8 +210,7 @@ class Step(steps.Step):
             sizes=tuple(len(delta) for delta in deltas),
             absent=absent,
             layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
-            token=_kernels().kernel("step", rank),
-            segment=_kernels().kernel("step_segments", rank),
+            kernels={},
         )
 
 
