@@ -375,6 +375,34 @@ def test_a_token_is_that_of_the_weights_as_they_are_now(change):
     same(token_after_token(model, model.new_memory()), token_after_token(fresh, fresh.new_memory()))
 
 
+def test_a_projection_that_two_models_share_is_corrected_by_the_one_that_runs():
+    first, other = seeded(backbone("qwen3")), backbone("qwen3")
+    expected = token_after_token(first, first.new_memory())
+    for mine, theirs in zip(first.backbone.model.layers, other.model.layers, strict=True):
+        theirs.self_attn.q_proj, theirs.self_attn.o_proj = mine.self_attn.q_proj, mine.self_attn.o_proj
+    second = seeded(other, dm.DeltaMemConfig(heads="qkvo", init="random"))
+    same(token_after_token(first, first.new_memory()), expected)
+    second.detach()
+
+
+def test_without_triton_a_gpu_takes_the_general_path(monkeypatch):
+    model = seeded(backbone("qwen3"), dm.DeltaMemConfig(write="message"))
+    expected = token_after_token(model, model.new_memory())
+    fresh = seeded(backbone("qwen3"), dm.DeltaMemConfig(write="message"))
+    monkeypatch.setattr("delta_mem.ops.triton.kernels", None)
+    monkeypatch.setattr("delta_mem.ops.triton.runs_on", lambda x: True)
+    same(token_after_token(fresh, fresh.new_memory()), expected)
+
+
+def test_a_copy_finds_its_own_kernels():
+    model = seeded(backbone("qwen3"))
+    expected = token_after_token(model, model.new_memory())
+    copied = copy.deepcopy(model)
+    for weight in model.adapters.parameters():
+        weight.data.zero_()
+    same(token_after_token(copied, copied.new_memory()), expected)
+
+
 def test_other_hooks_and_autocast_change_no_dtype():
     model = seeded(backbone("qwen3"))
     seen = []

@@ -19,6 +19,7 @@ from an attention module to its own projections, needs a thread-local, for proje
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Reading:
     kernel does it all, that projection's correction included.
 
     Attributes:
+        place: a number of the attention module's hooks, which no others have.
         index: the layer's.
         call: the forward pass.
         hidden: the attention module's input.
@@ -50,10 +52,10 @@ class Reading:
             the first if the kernel has corrected it.
     """
 
-    __slots__ = ("call", "corrections", "hidden", "index", "reads")
+    __slots__ = ("call", "corrections", "hidden", "index", "place", "reads")
 
-    def __init__(self, index: int, call: MemoryCall, hidden: Tensor):
-        self.index, self.call, self.hidden = index, call, hidden
+    def __init__(self, place: int, index: int, call: MemoryCall, hidden: Tensor):
+        self.place, self.index, self.call, self.hidden = place, index, call, hidden
         self.reads: Tensor | None = None
         self.corrections: list[Tensor | None] | None = None
 
@@ -103,6 +105,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_places = itertools.count()  # numbers for `Reading.place`
 
 
 # ---- finding the projections -------------------------------------------------------------------
@@ -429,12 +432,14 @@ def forget_reading() -> None:
     _here.reading = None
 
 
-def before_attention(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def before_attention(
+    place: int, index: int, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
     """Takes the call out of the keywords, and lays down the reading of a layer that has a memory."""
     call, reading = kwargs.pop(CALL, None), None
     if call is not None and index in call.adapters:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        reading = Reading(index, call, hidden)
+        reading = Reading(place, index, call, hidden)
         if not call.one_token:
             reading.read()
     _here.reading = reading
@@ -450,11 +455,11 @@ def after_attention(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 def after_projection(
-    index: int, number: int, head: str, module: nn.Module, args: tuple, output: Tensor
+    place: int, number: int, head: str, module: nn.Module, args: tuple, output: Tensor
 ) -> Tensor:
     """Corrects a projection that is the adapter's head of that number, and nothing else."""
     reading = _here.reading
-    if reading is None or reading.index != index:
+    if reading is None or reading.place != place:  # another model's may share the projection
         return output
     if head == "o":
         _here.reading = None
@@ -462,11 +467,11 @@ def after_projection(
 
 
 def after_packed_projection(
-    index: int, parts: tuple[tuple[int, str, View], ...], module: nn.Module, args: tuple, output: Tensor
+    place: int, parts: tuple[tuple[int, str, View], ...], module: nn.Module, args: tuple, output: Tensor
 ) -> Tensor:
     """Corrects the heads (number, name, view) of a projection of several."""
     reading = _here.reading
-    if reading is None or reading.index != index:
+    if reading is None or reading.place != place:  # another model's may share the projection
         return output
     if not _may_change(module):
         output = output.clone()
@@ -498,8 +503,8 @@ class LayerHooks:
 
         The hooks are functions of few constants: torch.compile guards all that it sees them look at.
         """
-        index, attention, slots = self.layer.index, self.layer.module, self.layer.slots
-        before = partial(before_attention, index)
+        attention, slots, place = self.layer.module, self.layer.slots, next(_places)
+        before = partial(before_attention, place, self.layer.index)
         handles = [attention.register_forward_pre_hook(before, with_kwargs=True)]
         if self.heads and "o" not in self.heads:
             # Always: checkpointing ends a second forward by an exception.
@@ -511,9 +516,9 @@ class LayerHooks:
             parent, _, name = path.rpartition(".")
             module = attention.get_submodule(path)
             self.hooked.append((attention.get_submodule(parent), name, module))
-            hook = partial(after_packed_projection, index, tuple(parts))
+            hook = partial(after_packed_projection, place, tuple(parts))
             if parts[0][2] is _whole:
-                hook = partial(after_projection, index, *parts[0][:2])
+                hook = partial(after_projection, place, *parts[0][:2])
             handles.append(module.register_forward_hook(hook))
         return handles
 

@@ -283,6 +283,9 @@ class DeltaMemory(nn.Module):
         self._step = None  # where the weights go, another backend may be at home
         return super()._apply(*args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_step": None}  # for the same reason
+
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
         start, size = 3 * self.config.width, self.rule.sections["beta"]

@@ -220,7 +220,8 @@ def one_token(
     in_proj: Tensor, gate_bias: Tensor, deltas: tuple[Tensor, ...], scale: float, rule: Rule
 ) -> Step:
     """One token of a layer in one go, for inference: see `steps.Step`, also for the arguments."""
-    return (triton if triton.runs_on(in_proj) else cpu).Step(in_proj, gate_bias, deltas, scale, rule)
+    backend = triton if triton.kernels is not None and triton.runs_on(in_proj) else cpu
+    return backend.Step(in_proj, gate_bias, deltas, scale, rule)
 
 
 def project(hidden: Tensor, in_proj: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ class Step:
     """From a layer's input to the corrections of its projections, for one token; made once for a layer.
 
     In decoding it is called for every layer and token, and to ask what the weights are would take longer than
-    the kernel. So that is found out once, and again when they have been moved or cast: their addresses and
-    dtypes tell. Each backend has a class of its own.
+    the kernel. So that is found out once, and again when they have been moved, cast or reshaped. Each backend
+    has a class of its own.
 
     Args:
         in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
-        gate_bias: float32, see `activation.activate`.
+        gate_bias: see `activation.activate`.
         deltas: of each head [its size, states * rank]; used in hidden's dtype.
         scale: the correction of a head is scale * delta m, m being the token's read.
         rule: the gates' settings.
@@ -32,10 +32,7 @@ class Step:
         self.packed, self.scale, self.rule = (in_proj, gate_bias, deltas), scale, rule
         self.weights = (in_proj, gate_bias, *deltas)
         self.first_size = deltas[0].shape[0] if deltas else 0
-        self._found: tuple[list[tuple[Tensor, int, torch.dtype]], Any] | None = None
-
-    def __reduce__(self):  # a copy finds out for itself
-        return type(self), (*self.packed, self.scale, self.rule)
+        self._found: tuple[list[tuple], Any] | None = None  # of the weights what `_facts` compares; the facts
 
     def __call__(
         self,
@@ -83,13 +80,18 @@ class Step:
     def _facts(self) -> Any:
         """What `_find_out` found out about the weights, as long as they are where and what they were."""
         if self._found is not None:
-            for weight, address, dtype in self._found[0]:
-                if weight.data_ptr() != address or weight.dtype is not dtype:
+            for weight, address, dtype, shape, contiguous in self._found[0]:
+                if (
+                    weight.data_ptr() != address
+                    or weight.dtype is not dtype
+                    or weight.shape != shape
+                    or weight.is_contiguous() is not contiguous
+                ):
                     break
             else:
                 return self._found[1]
-        # Both at once: other threads may be here too.
-        self._found = [(x, x.data_ptr(), x.dtype) for x in self.weights], self._find_out()
+        known = [(x, x.data_ptr(), x.dtype, x.shape, x.is_contiguous()) for x in self.weights]
+        self._found = known, self._find_out()  # both at once: other threads may be here too
         return self._found[1]
 
     def _find_out(self) -> Any:
