@@ -513,6 +513,10 @@ def test_steps_leave_to_others_what_is_not_as_it_should_be():
         one_token(rule, batch=cpu.FEW + 1),
     ):
         assert one(*wrong) is None
+    plan = segments.plan(*(part[:3] for part in stream(0, tokens=1)))
+    open_sum = torch.zeros(3, 24)
+    assert step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, plan) is not None
+    assert step_segments(hidden, in_proj, bias, deltas, state, open_sum.requires_grad_(), rule, plan) is None
     for batch, tokens in ((2, 1), (3, 2)):
         plan = segments.plan(*(part[:batch] for part in stream(0, tokens=tokens)))
         given = hidden, in_proj, bias, deltas, state, torch.zeros(3, 24), rule

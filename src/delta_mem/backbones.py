@@ -74,25 +74,23 @@ class Reading:
         Args:
             in_place: may write to `output`.
         """
-        call, index, reads = self.call, self.index, self.reads
-        if reads is None:
-            waited = self.corrections is None
-            if waited:
-                offered = output if in_place and number == 0 else None
-                self.corrections = call.step(index, self.hidden, offered)
-            if self.corrections is not None:
-                correction = self.corrections[number]
-                if correction is not None:
-                    if correction.shape != output.shape:
-                        correction = correction.view(output.shape)
-                    return output.add_(correction) if in_place else output + correction.to(output.dtype)
-                if waited:
-                    return output
-                # The kernel has corrected what this projection gave before, and now it is asked again.
-                reads = call.take(index, self.hidden)
-            else:
+        call, index, reads, waited = self.call, self.index, self.reads, self.waits
+        if waited:
+            offered = output if in_place and number == 0 else None
+            self.corrections = call.step(index, self.hidden, offered)
+            if self.corrections is None:
                 self.read()
                 reads = self.reads
+        if self.corrections is not None:
+            correction = self.corrections[number]
+            if correction is not None:
+                if correction.shape != output.shape:
+                    correction = correction.view(output.shape)
+                return output.add_(correction) if in_place else output + correction.to(output.dtype)
+            if waited:
+                return output
+            # The kernel has corrected what this projection gave before, and now it is asked again.
+            reads = call.take(index, self.hidden)
         if call.measures:
             call.measure(index, head, reads, output)
         return call.adapters[index].correct(head, reads, output, in_place)

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 # By themselves, not as attributes: each is asked several times a layer.
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
@@ -147,7 +147,7 @@ class Step(steps.Step):
         open_sum: Tensor | None = None,
         room: dict | None = None,
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-        if is_compiling() or _watched() or (is_grad_enabled() and self._learns(hidden, state)):
+        if is_compiling() or _watched() or self._learns(hidden, state, open_sum):
             return None
         facts, shape, new_sum = self._facts(), hidden.shape, None
         batch = shape[0]

@@ -98,6 +98,8 @@ class Step:
         """What the kernels need to know of the weights; None if they do not take them."""
         raise NotImplementedError
 
-    def _learns(self, *tensors: Tensor) -> bool:
+    def _learns(self, *tensors: Tensor | None) -> bool:
         """Whether gradients are wanted, which no kernel has."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.weights))
+        return torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (*tensors, *self.weights)
+        )

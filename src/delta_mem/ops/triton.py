@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
@@ -112,7 +112,7 @@ class Step(steps.Step):
         open_sum: Tensor | None = None,
         room: dict | None = None,
     ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-        if _transformed() or (is_grad_enabled() and self._learns(hidden, state)):
+        if _transformed() or self._learns(hidden, state, open_sum):
             return None
         given = None, *_NO_PLAN, writes, mask
         if segments is not None:
@@ -131,7 +131,7 @@ class Step(steps.Step):
         key = (
             in_place, type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
             type(state), state.dtype, state.shape, state.get_device(),
-            None if writes is None else _kind(writes), None if mask is None else _kind(mask),
+            _kind(writes), _kind(mask),
             None if segments is None else (segments.kind, _kind(open_sum)),
         )  # fmt: skip
         launches = self._facts()
@@ -727,7 +727,7 @@ def _step(
     hidden, in_proj, gate_bias, deltas, scale, state, open_sum, planned,
     num_states, rank, update, tied_gates, per_row_gates, writes, mask,
 ):  # fmt: skip
-    planned = planned or (None,) * 6
+    planned = planned or _NO_PLAN
     tensors = hidden, in_proj, gate_bias, tuple(deltas), state, open_sum, *planned, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
     to = tuple(hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas)

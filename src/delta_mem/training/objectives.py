@@ -162,10 +162,8 @@ class EpisodeObjective:
         show = drawn(self.show_history)
         write = self.write_questions > 0 and drawn(self.write_questions) and not show
         memory, gates = self.write_history(model, batch)
-        gates, norms = (
-            gates.to(device),
-            _stack(memory.layers.values(), device).detach().flatten(2).norm(dim=2),
-        )
+        gates = gates.to(device)
+        norms = _stack(memory.layers.values(), device).detach().flatten(2).norm(dim=2)
         if show:
             draws = torch.rand(first_row + rows, generator=generator)[first_row:]
             memory = _cleared(memory, draws < self.clear_memory)
