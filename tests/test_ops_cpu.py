@@ -1,5 +1,6 @@
 """The compiled backend: what is special to it. That it computes what the definition says, test_ops.py shows."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from delta_mem import ops
-from delta_mem.ops import Rule, advance, cpu, delta_rule, segments
+from delta_mem.ops import Rule, advance, cpu, delta_rule, segments, steps
 from test_ops import assert_close, exact, example, gradients, stream
 
 numba = pytest.importorskip("numba")
@@ -401,14 +402,22 @@ def heads(rule, batch, sizes=(11, 6)):
     return deltas, torch.randn(batch, 1, sizes[0], generator=random)
 
 
-def step(hidden, in_proj, bias, deltas, state, rule, *given):
-    results = cpu.Step(in_proj, bias, deltas, SCALE, rule)(hidden, state, *given)
-    return results and results[:2]
+def step(hidden, in_proj, bias, deltas, state, rule, writes=None, mask=None, output=None):
+    return take(steps.Step(in_proj, bias, deltas, SCALE, rule), hidden, state, writes, mask, output)
 
 
 def step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, plan, mask=None, output=None):
-    own = cpu.Step(in_proj, bias, deltas, SCALE, rule)
-    return own(hidden, state, None, mask, output, plan, open_sum)
+    own = steps.Step(in_proj, bias, deltas, SCALE, rule)
+    return take(own, hidden, state, None, mask, output, plan, open_sum)
+
+
+@torch.no_grad()
+def take(own, hidden, state, writes=None, mask=None, output=None, plan=None, open_sum=None):
+    """The corrections and what there is after; None if the token is not taken."""
+    open_sums = None if plan is None else {3: open_sum}
+    token = cpu.Token(hidden, {3: own}, {3: state}, writes, mask, plan, open_sums)
+    corrections = token(3, hidden, output)
+    return corrections and (list(corrections), *(x for x in token.after[3] if x is not None))
 
 
 def check_step(step, deltas, output, expected):
@@ -452,35 +461,48 @@ def test_step_of_segments_equals_parts(rule):
         check_step(lambda output, fixed=fixed: step_segments(*fixed, output), deltas, output, expected)
 
 
-def test_room_for_corrections_is_used_again_by_the_next_layer():
+@torch.no_grad()
+def test_layers_of_a_token_share_room_for_corrections():
     rule = Rule(1, 8)
     hidden, in_proj, bias, state = one_token(rule)
-    deltas, _ = heads(rule, 3)
-    layers = [cpu.Step(in_proj * factor, bias, deltas, SCALE, rule) for factor in (1.0, 2.0)]
-    apart = [layer(hidden, state)[0] for layer in layers]
-    room = {}
-    first, second = layers
-    kept = first(hidden, state, room=room)[0]
-    assert all(map(torch.equal, kept, apart[0]))
-    again = second(hidden, state, room=room)[0]
-    assert all(map(torch.equal, again, apart[1])) and again[0] is kept[0]
+    deltas, output = heads(rule, 3)
+    layers = {i: steps.Step(in_proj * (1 + i), bias, deltas, SCALE, rule) for i in (0, 1)}
+    others = {i: state + i for i in (0, 1)}
+    apart = [take(layers[i], hidden, others[i]) for i in (0, 1)]
+    token = cpu.Token(hidden, layers, others)
+    for i in (0, 1):
+        corrections = token(i, hidden, None)
+        assert all(map(torch.equal, corrections, apart[i][0])) and torch.equal(token.after[i][0], apart[i][1])
+    assert token(0, hidden, output)[1] is corrections[1]
+    assert token(2, hidden, None) is None  # no such layer
+    assert token(0, hidden[:2], None) is None  # not the batch that it began with
+    with torch.enable_grad():
+        assert cpu.Token(hidden, layers, others)(0, hidden, None) is None
 
 
 def test_a_step_sees_that_its_weights_were_moved_or_replaced():
     rule = Rule(1, 8)
     hidden, in_proj, bias, state = one_token(rule)
     deltas, _ = heads(rule, 3)
-    own = cpu.Step(in_proj, bias, deltas, SCALE, rule)
-    before = own(hidden, state)[0][0].clone()
+    own = steps.Step(in_proj, bias, deltas, SCALE, rule)
+
+    def corrections():
+        results = take(own, hidden, state)
+        return results and results[0][0].clone()
+
+    before = corrections()
     in_proj.data = 2 * in_proj
     expected = step(hidden, in_proj, bias, deltas, state, rule)[0][0]
-    assert torch.equal(own(hidden, state)[0][0], expected) and not torch.equal(before, expected)
+    assert torch.equal(corrections(), expected) and not torch.equal(before, expected)
     in_proj.data = in_proj.double()
-    assert own(hidden, state) is None
+    assert corrections() is None
     in_proj.data = in_proj.float()
-    assert torch.equal(own(hidden, state)[0][0], expected)
+    assert torch.equal(corrections(), expected)
+    copied = copy.deepcopy(own)
+    assert torch.equal(take(copied, hidden, state)[0][0], expected)
     in_proj.data = torch.as_strided(in_proj, in_proj.shape, (1, len(in_proj)))
-    assert own(hidden, state) is None
+    assert corrections() is None
+    assert torch.equal(take(copied, hidden, state)[0][0], expected)
 
 
 def test_steps_leave_to_others_what_is_not_as_it_should_be():
@@ -516,7 +538,7 @@ def test_steps_leave_to_others_what_is_not_as_it_should_be():
     plan = segments.plan(*(part[:3] for part in stream(0, tokens=1)))
     open_sum = torch.zeros(3, 24)
     assert step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, plan) is not None
-    assert step_segments(hidden, in_proj, bias, deltas, state, open_sum.requires_grad_(), rule, plan) is None
+    assert step_segments(hidden, in_proj, bias, deltas, state, open_sum.double(), rule, plan) is None
     for batch, tokens in ((2, 1), (3, 2)):
         plan = segments.plan(*(part[:batch] for part in stream(0, tokens=tokens)))
         given = hidden, in_proj, bias, deltas, state, torch.zeros(3, 24), rule

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from delta_mem import ops
-from delta_mem.ops import Rule, delta_rule
+from delta_mem.ops import Rule, delta_rule, steps
 from delta_mem.ops import triton as backend
 from test_ops import RULES, assert_close, exact, example, gradients, stream
 
@@ -197,14 +197,22 @@ def heads(rule, batch, sizes=(70, 33)):
     return deltas, torch.randn(batch, 1, sizes[0], generator=random).to(DEVICE)
 
 
-def step(hidden, in_proj, bias, deltas, scale, state, rule, *given):
-    results = backend.Step(in_proj, bias, deltas, scale, rule)(hidden, state, *given)
-    return results and results[:2]
+def step(hidden, in_proj, bias, deltas, scale, state, rule, writes=None, mask=None, output=None):
+    return take(steps.Step(in_proj, bias, deltas, scale, rule), hidden, state, writes, mask, output)
 
 
 def step_segments(hidden, in_proj, bias, deltas, scale, state, open_sum, rule, plan, mask=None, output=None):
-    own = backend.Step(in_proj, bias, deltas, scale, rule)
-    return own(hidden, state, None, mask, output, plan, open_sum)
+    own = steps.Step(in_proj, bias, deltas, scale, rule)
+    return take(own, hidden, state, None, mask, output, plan, open_sum)
+
+
+@torch.no_grad()
+def take(own, hidden, state, writes=None, mask=None, output=None, plan=None, open_sum=None):
+    """The corrections and what there is after; None if the token is not taken."""
+    open_sums = None if plan is None else {3: open_sum}
+    token = backend.Token(hidden, {3: own}, {3: state}, writes, mask, plan, open_sums)
+    corrections = token(3, hidden, output)
+    return corrections and (list(corrections), *(x for x in token.after[3] if x is not None))
 
 
 def check_step(before, after, expected, step=step):
@@ -534,12 +542,14 @@ def test_compiles_without_graph_breaks(chunks_of):
     with torch.no_grad():
         deltas, _ = heads(rule, 1)
 
-        def flat(hidden, weight, bias, state):
-            (first, second), after = step(hidden, weight, bias, deltas, 2.0, state, rule)
+        def recorded(hidden, weight, bias, state):
+            own = steps.Step(weight, bias, deltas, 2.0, rule)
+            (first, second), after, _ = ops.recorded_token(hidden, own, state)
             return first, second, after
 
+        (first, second), after = step(hidden, weight, bias, deltas, 2.0, state, rule)
         assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, writes, None))
-        assert_close(compiled(flat)(hidden, weight, bias, state), flat(hidden, weight, bias, state))
+        assert_close(compiled(recorded)(hidden, weight, bias, state), (first, second, after))
 
 
 @needs_kernels
@@ -564,10 +574,10 @@ def test_auto_takes_the_kernels_on_a_gpu_and_graphs_capture_them():
     hidden, weight = torch.randn(2, 1, 64, device="cuda"), torch.randn(32, 64, device="cuda")
     deltas, _ = heads(rule, 2)
 
-    own = ops.one_token(weight, bias, deltas, 2.0, rule)
+    own = steps.Step(weight, bias, deltas, 2.0, rule)
 
     def flat(state):
-        (first, second), after, _ = own(hidden, state)
+        (first, second), after = take(own, hidden, state)
         return first, second, after
 
     flat(state)

@@ -1,27 +1,28 @@
 """Where the projections are in each model family, and the hooks that couple a memory to them.
 
-The backbone is only hooked, never rewritten. One pair of hooks on the causal LM, and in each layer:
+The backbone is only hooked, never rewritten. One pair of hooks on the causal LM, and in each layer some on
+the attention module's projections:
 
-* causal LM, before: a cache that carries a memory (`generation.MemoryLayer`) starts a `MemoryCall`.
+* causal LM, before: lays down, for this thread, the `MemoryCall` that it was given, or starts that of a cache
+  which carries a memory (`generation.MemoryLayer`).
 * causal LM, after: the call's new states become the memory's.
-* attention, before: takes the call out of the keywords, reads and writes the layer's state, and lays
-  the reading down for this thread.
-* each corrected projection, after: picks the reading up and adds its correction. The output projection
-  comes last and clears it away; where it is not corrected, a hook after attention does.
+* each corrected projection, after: adds its correction. The query projection comes first, and its input is
+  the attention's: it has the layer read and write, and lays down the `Reading` for those that follow. For one
+  token in decoding one kernel does all that, this projection's correction included. The output projection
+  comes last and clears the reading away.
 
-When one token is decoded, reading and writing wait for the first corrected projection: from its hook one
-kernel does all that is left to do, this projection's correction included.
-
-A call travels as one extra keyword, which `transformers` hands on from the causal LM to every attention
-module: unlike a context variable it survives checkpointing, compilation and threads. Only the last step,
-from an attention module to its own projections, needs a thread-local, for projections get no keywords.
+Gradient checkpointing runs layers a second time, later and perhaps in another thread, where no call lies.
+So where gradients are wanted the call also travels as one extra keyword, which `transformers` hands on from
+the causal LM to every attention module; hooks on these lay it down anew. They cost time in decoding: they are
+put on when gradients are first wanted, or at once where projections alone will not do, because the query or
+the output projection is not corrected, or the former is not given the attention's own input.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .errors import UnsupportedBackboneError
 from .memory import DeltaMemory, MemoryTrace, WritePlan, plan_writes
 from .state import MemoryState, OpenSegment
@@ -39,8 +41,8 @@ CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 class Reading:
     """What the projections of the attention module that a thread is in are to be corrected by.
 
-    Made before attention; read there, but of a single token only when the first projection asks: then one
-    kernel does it all, that projection's correction included.
+    Nothing is read before the first projection asks: of a single token one kernel then does it all, that
+    projection's correction included.
 
     Attributes:
         place: a number of the attention module's hooks, which no others have.
@@ -57,7 +59,7 @@ class Reading:
     def __init__(self, place: int, index: int, call: MemoryCall, hidden: Tensor):
         self.place, self.index, self.call, self.hidden = place, index, call, hidden
         self.reads: Tensor | None = None
-        self.corrections: list[Tensor | None] | None = None
+        self.corrections: Sequence[Tensor | None] | None = None
 
     @property
     def waits(self) -> bool:
@@ -74,15 +76,16 @@ class Reading:
         Args:
             in_place: may write to `output`.
         """
-        call, index, reads, waited = self.call, self.index, self.reads, self.waits
+        call, index, reads, corrections = self.call, self.index, self.reads, self.corrections
+        waited = reads is None and corrections is None
         if waited:
             offered = output if in_place and number == 0 else None
-            self.corrections = call.step(index, self.hidden, offered)
-            if self.corrections is None:
+            self.corrections = corrections = call.step(index, self.hidden, offered)
+            if corrections is None:
                 self.read()
                 reads = self.reads
-        if self.corrections is not None:
-            correction = self.corrections[number]
+        if corrections is not None:
+            correction = corrections[number]
             if correction is not None:
                 if correction.shape != output.shape:
                     correction = correction.view(output.shape)
@@ -97,13 +100,21 @@ class Reading:
 
 
 class _Here(threading.local):
-    """`reading`: that of the attention module that this thread is in."""
+    """Where this thread is.
 
+    Attributes:
+        call: the forward pass.
+        outer: what `call` was before the attention module that brought its own.
+        reading: that of the attention module.
+    """
+
+    call: MemoryCall | None = None
+    outer: MemoryCall | None = None
     reading: Reading | None = None
 
 
 _here = _Here()
-_places = itertools.count()  # numbers for `Reading.place`
+_numbers = itertools.count()  # for `Reading.place`, and `MemoryCall.owner`
 
 
 # ---- finding the projections -------------------------------------------------------------------
@@ -282,7 +293,7 @@ class MemoryCall:
 
     def __init__(
         self,
-        adapters: dict[int, DeltaMemory],
+        coupling: Coupling,
         memory: MemoryState,
         shape: tuple[int, int],
         mask: Tensor | None = None,
@@ -292,7 +303,9 @@ class MemoryCall:
         keep_inputs: bool = False,
         trace: MemoryTrace | None = None,
     ):
-        self.adapters, self.memory, self.shape = adapters, memory, shape
+        self.adapters, self.owner = coupling.adapters, coupling.number
+        self.memory, self.shape = memory, shape
+        self.by_keyword = coupling.listens and torch.is_grad_enabled()
         self.plan: WritePlan = plan_writes(memory, shape, mask, write, segment_ids, keep_segment_open)
         self.moved: dict[torch.device, WritePlan] = {}  # the plan on other devices
         self.states = dict(memory.layers)
@@ -304,7 +317,9 @@ class MemoryCall:
         # Of a token that nobody looks into, nothing but corrections and states is needed.
         watched = keep_inputs or trace is not None or torch.is_grad_enabled()
         self.one_token = shape[1] == 1 and not watched
-        self.room: dict = {}  # for corrections of one token, which last until the next layer's
+        self.recorded = torch.compiler.is_compiling()
+        self.token: ops.Token | None = None  # see _token_for
+        self.tokens: dict[tuple, ops.Token] = {}
         self.gates: dict[int, Tensor] = {}
         self.sizes: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # (layer, head): correction's, output's
 
@@ -316,10 +331,45 @@ class MemoryCall:
         """
         return self.advance(index, self.adapters[index].project(hidden)).to(hidden.dtype)
 
-    def step(self, index: int, hidden: Tensor, output: Tensor | None) -> list[Tensor | None] | None:
-        """`take` of one token, on to the corrections; None where `DeltaMemory.step` has no kernel for it."""
-        given = self.states[index], self.open_sums.get(index), self._plan_on(hidden.device)
-        results = self.adapters[index].step(hidden, *given, output, self.room)
+    def step(self, index: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
+        """`take` of one token, on to the corrections; None where there is no kernel for it.
+
+        Args:
+            output: what the projection of the adapter's first head gave: may be corrected in place.
+
+        Returns:
+            The corrections of the adapter's heads, the first None if `output` has been corrected.
+        """
+        if not self.one_token:
+            return None
+        if self.recorded:
+            return self._step_recorded(index, hidden)
+        token = self.token
+        if token is None or hidden.get_device() != token.device or hidden.dtype is not token.dtype:
+            token = self._token_for(hidden)
+        corrections = token(index, hidden, output)
+        if corrections is None:
+            return self._step_recorded(index, hidden)
+        self.left[index] = token.after[index]
+        return corrections
+
+    def _token_for(self, hidden: Tensor) -> ops.Token:
+        """That of this device and dtype: `self.token` is the last layer's, almost always the only one."""
+        key = hidden.device, hidden.dtype
+        if key not in self.tokens:
+            steps = {index: step for index, adapter in self.adapters.items() if (step := adapter.step())}
+            plan = self._plan_on(hidden.device)
+            given = self.states, plan.writes, plan.mask, plan.segments, self.open_sums
+            self.tokens[key] = ops.begin_token(hidden, steps, *given)
+        self.token = self.tokens[key]
+        return self.token
+
+    def _step_recorded(self, index: int, hidden: Tensor) -> Sequence[Tensor] | None:
+        step, plan = self.adapters[index].step(), self._plan_on(hidden.device)
+        if step is None:
+            return None
+        flags = plan.writes, plan.mask, plan.segments
+        results = ops.recorded_token(hidden, step, self.states[index], *flags, self.open_sums.get(index))
         if results is None:
             return None
         corrections, *after = results
@@ -425,39 +475,56 @@ def _is_recorded(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def forget_reading() -> None:
-    """After a forward, also one that failed inside an attention module: nobody may find its reading."""
-    _here.reading = None
+def enter(call: MemoryCall | None) -> None:
+    """Lays a forward pass down for this thread; None: nobody may find what an earlier one left."""
+    _here.call, _here.reading = call, None
+
+
+def leave() -> MemoryCall | None:
+    """Clears this thread's forward pass away, and returns it."""
+    call = _here.call
+    enter(None)
+    return call
 
 
 def before_attention(
     place: int, index: int, module: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
-    """Takes the call out of the keywords, and lays down the reading of a layer that has a memory."""
-    call, reading = kwargs.pop(CALL, None), None
-    if call is not None and index in call.adapters:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        reading = Reading(place, index, call, hidden)
-        if not call.one_token:
-            reading.read()
-    _here.reading = reading
+    """Lays down the call that came as a keyword, and the reading of a layer that has a memory."""
+    call = _here.outer = _here.call
+    call = _here.call = kwargs.pop(CALL, call)
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    has_memory = call is not None and index in call.adapters
+    _here.reading = Reading(place, index, call, hidden) if has_memory else None
     return args, kwargs
 
 
 def after_attention(module: nn.Module, args: tuple, output: Any) -> None:
-    """Ends a reading where no hook on the output projection does."""
+    """Clears away what was laid down before."""
     reading = _here.reading
-    _here.reading = None
+    _here.call, _here.outer, _here.reading = _here.outer, None, None
     if output is not None and reading is not None and reading.waits:
         reading.read()  # no projection asked for the token, which is written all the same
 
 
+def _reading(owner: int, place: int, index: int, head: str, args: tuple) -> Reading | None:
+    """What a projection is to be corrected by, if there is a call; begun by the first that asks."""
+    reading = _here.reading
+    if reading is not None and reading.place == place:
+        return reading
+    call = _here.call
+    if call is None or call.owner != owner or head == "o":  # another model's call; not the attention's input
+        return None
+    reading = _here.reading = Reading(place, index, call, args[0])
+    return reading
+
+
 def after_projection(
-    place: int, number: int, head: str, module: nn.Module, args: tuple, output: Tensor
+    owner: int, place: int, index: int, number: int, head: str, module: nn.Module, args: tuple, output: Tensor
 ) -> Tensor:
     """Corrects a projection that is the adapter's head of that number, and nothing else."""
-    reading = _here.reading
-    if reading is None or reading.place != place:  # another model's may share the projection
+    reading = _reading(owner, place, index, head, args)
+    if reading is None:
         return output
     if head == "o":
         _here.reading = None
@@ -465,11 +532,17 @@ def after_projection(
 
 
 def after_packed_projection(
-    place: int, parts: tuple[tuple[int, str, View], ...], module: nn.Module, args: tuple, output: Tensor
+    owner: int,
+    place: int,
+    index: int,
+    parts: tuple[tuple[int, str, View], ...],
+    module: nn.Module,
+    args: tuple,
+    output: Tensor,
 ) -> Tensor:
     """Corrects the heads (number, name, view) of a projection of several."""
-    reading = _here.reading
-    if reading is None or reading.place != place:  # another model's may share the projection
+    reading = _reading(owner, place, index, parts[0][1], args)
+    if reading is None:
         return output
     if not _may_change(module):
         output = output.clone()
@@ -484,46 +557,111 @@ def _may_change(module: nn.Module) -> bool:
     return len(module._forward_hooks) == 1 and not torch.is_grad_enabled()
 
 
-class LayerHooks:
-    """Couples one layer's memory to its attention module; without a memory, only takes the call out.
+class Coupling:
+    """The adapters of a model, coupled to the attention modules of its backbone.
+
+    The hooks are functions of few constants: torch.compile guards all that it sees them look at.
 
     Args:
-        layer: the attention module.
-        heads: whose projections are corrected, in the adapter's order; none without a memory.
+        layers: {index: attention module} of the backbone.
+        adapters: {index: DeltaMemory} of those that have a memory.
+        heads: whose projections are corrected, in the adapters' order.
+
+    Attributes:
+        number: no other coupling's.
+        listens: whether the attention modules have hooks that take a call from their keywords.
     """
 
-    def __init__(self, layer: AttentionLayer, heads: tuple[str, ...]):
-        self.layer, self.heads = layer, heads
-        self.hooked: list[tuple[nn.Module, str, nn.Module]] = []  # (parent, name, projection)
+    def __init__(
+        self, layers: dict[int, AttentionLayer], adapters: dict[int, DeltaMemory], heads: tuple[str, ...]
+    ):
+        self.layers, self.adapters, self.heads = layers, adapters, heads
+        self.number, self.listens = next(_numbers), False
+        self.handles: list[Any] = []
+        self._places = {index: next(_numbers) for index in layers}
+        # (layer's index, its modules beside the projection, the projection's name, the projection)
+        self._hooked: list[tuple[int, dict, str, nn.Module]] = []
+        for index in adapters:
+            self._hook_projections(layers[index])
 
-    def attach(self) -> list[Any]:
-        """Puts the hooks on; returns their handles.
-
-        The hooks are functions of few constants: torch.compile guards all that it sees them look at.
-        """
-        attention, slots, place = self.layer.module, self.layer.slots, next(_places)
-        before = partial(before_attention, place, self.layer.index)
-        handles = [attention.register_forward_pre_hook(before, with_kwargs=True)]
-        if self.heads and "o" not in self.heads:
-            # Always: checkpointing ends a second forward by an exception.
-            handles.append(attention.register_forward_hook(after_attention, always_call=True))
+    def _hook_projections(self, layer: AttentionLayer) -> None:
         by_path: dict[str, list[tuple[int, str, View]]] = {}
         for number, head in enumerate(self.heads):
-            by_path.setdefault(slots[head].path, []).append((number, head, slots[head].view))
+            slot = layer.slots[head]
+            by_path.setdefault(slot.path, []).append((number, head, slot.view))
+        where = self.number, self._places[layer.index], layer.index
         for path, parts in by_path.items():
             parent, _, name = path.rpartition(".")
-            module = attention.get_submodule(path)
-            self.hooked.append((attention.get_submodule(parent), name, module))
-            hook = partial(after_packed_projection, place, tuple(parts))
+            module = layer.module.get_submodule(path)
+            self._hooked.append((layer.index, layer.module.get_submodule(parent)._modules, name, module))
+            hook = partial(after_packed_projection, *where, tuple(parts))
             if parts[0][2] is _whole:
-                hook = partial(after_projection, place, *parts[0][:2])
-            handles.append(module.register_forward_hook(hook))
-        return handles
+                hook = partial(after_projection, *where, *parts[0][:2])
+            self.handles.append(module.register_forward_hook(hook))
 
-    def replaced(self) -> str | None:
-        """The name of a projection that was replaced since, and with it our hook; None if all are there."""
-        for parent, name, module in self.hooked:
-            now = parent._modules[name]
+    def listen(self) -> None:
+        """Puts hooks on all attention modules, that take the call out of the keywords."""
+        if self.listens:
+            return
+        self.listens = True
+        for index, layer in self.layers.items():
+            before = partial(before_attention, self._places[index], index)
+            self.handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
+            # Always: checkpointing ends a second forward by an exception.
+            self.handles.append(layer.module.register_forward_hook(after_attention, always_call=True))
+
+    def lost(self) -> str | None:
+        """A projection that was replaced since, and with it our hook; None if all are there."""
+        for index, siblings, name, module in self._hooked:
+            now = siblings[name]
             if now is not module and all(inner is not module for inner in now.modules()):
-                return f"layer {self.layer.index}: {name}"
+                return f"layer {index}: {name}"
         return None
+
+    def detach(self) -> None:
+        """Takes all hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+class _Reached(Exception):
+    """Ends the probe of `reach`."""
+
+
+def reach(model: nn.Module, layer: AttentionLayer) -> tuple[bool, bool]:
+    """Sends one token up to an attention module, to see how a call gets there.
+
+    Returns:
+        Whether extra keywords arrive at the attention module, and whether its query projection is given what
+        the module itself is given. The first is taken for granted of a model that is on the meta device.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if embeddings.device.type == "meta":
+        return True, False
+    found = {"keyword": False, "input": False}
+
+    def at_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        found["keyword"] = CALL in kwargs
+        found["hidden"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return args, {name: value for name, value in kwargs.items() if name != CALL}
+
+    def at_query(module: nn.Module, args: tuple) -> None:
+        found["input"] = bool(args) and args[0] is found.get("hidden")
+        raise _Reached
+
+    query = layer.module.get_submodule(layer.slots["q"].path)
+    handles = [
+        layer.module.register_forward_pre_hook(at_attention, with_kwargs=True),
+        query.register_forward_pre_hook(at_query),
+    ]
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=embeddings.device)
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False, **{CALL: None})
+    except (_Reached, TypeError):  # a TypeError of a model that takes no such keyword
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found["keyword"], found["input"]

@@ -21,7 +21,7 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStri
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 
-from .backbones import CALL, MemoryCall, causal_lm, forget_reading
+from .backbones import CALL, Coupling, MemoryCall, causal_lm, enter, leave
 from .errors import UnsupportedBackboneError
 from .state import MemoryState
 
@@ -43,7 +43,7 @@ class MemoryLayer(CacheLayerMixin):
         write: bool [batch, tokens], which of those tokens write, with all that are generated;
             None: nothing writes.
         segment_ids: int64 [batch, tokens], their segments. Generated tokens are one more segment.
-        adapters: {layer index: DeltaMemory}, to write again what `crop` keeps of the last forward.
+        coupling: of the memory to the backbone.
         keep_history: keep the memory after every forward (beam search).
         keep_inputs: keep what is needed to take the last forward back (assisted decoding).
     """
@@ -59,7 +59,7 @@ class MemoryLayer(CacheLayerMixin):
         mask: Tensor,
         write: Tensor | None,
         segment_ids: Tensor,
-        adapters: dict[int, nn.Module],
+        coupling: Coupling,
         keep_history: bool,
         keep_inputs: bool,
     ):
@@ -68,7 +68,7 @@ class MemoryLayer(CacheLayerMixin):
         self.mask, self.segment_ids = mask, segment_ids
         self.write = torch.zeros_like(mask) if write is None else write
         self.read_only = write is None
-        self.adapters = adapters
+        self.coupling = coupling
         self.alive = torch.ones(mask.shape[0], dtype=torch.bool, device=mask.device)
         self.generated_id = segment_ids.amax(1, keepdim=True).clamp(min=-1) + 1
         self.fed = 0  # tokens of the prompt that went through; stands still while decoding
@@ -112,7 +112,7 @@ class MemoryLayer(CacheLayerMixin):
     def _call(self, memory: MemoryState, mask: Tensor, write: Tensor | bool, ids: Tensor) -> MemoryCall:
         # The last segment stays open: whether the next token belongs to it, its id will tell.
         return MemoryCall(
-            self.adapters,
+            self.coupling,
             memory,
             tuple(mask.shape),
             mask,
@@ -181,18 +181,20 @@ def memory_layer(cache: Any) -> MemoryLayer | None:
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Hook on the causal LM: a memory in the cache starts a call."""
-    layer = memory_layer(kwargs.get("past_key_values"))
-    if layer is None or CALL in kwargs:
+    """Hook on the causal LM: lays down the call that it was given, or starts one for the cache's memory."""
+    call, layer = kwargs.get(CALL), memory_layer(kwargs.get("past_key_values"))
+    if call is None and layer is not None:
+        ids = kwargs.get("input_ids")
+        call = layer.start_call((kwargs["inputs_embeds"] if ids is None else ids).shape[1])
+    enter(call)
+    if call is None or call.by_keyword:
         return None
-    ids = kwargs.get("input_ids")
-    tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-    return args, {**kwargs, CALL: layer.start_call(tokens)}
+    return args, {name: value for name, value in kwargs.items() if name != CALL}
 
 
 def after_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Hook on the causal LM: what the layers left becomes the memory's."""
-    call = kwargs.get(CALL)
+    call = leave()
     if call is None:
         return
     call.commit()
@@ -216,7 +218,7 @@ class _Alive(StoppingCriteriaList):
 
 def generate(
     backbone: nn.Module,
-    adapters: dict[int, nn.Module],
+    coupling: Coupling,
     memory: MemoryState,
     inputs: Tensor | None,
     write: Tensor | bool,
@@ -280,7 +282,7 @@ def generate(
         mask, writes, ids = _prompt(input_ids, cache, model_kwargs, write, segment_ids, rows)
         _materialize(cache, model.config)
         layer = MemoryLayer(
-            memory.select(rows), mask, writes, ids, adapters, keep_history=beams, keep_inputs=assisted
+            memory.select(rows), mask, writes, ids, coupling, keep_history=beams, keep_inputs=assisted
         )
         returns_dict = generation_config.return_dict_in_generate
         generation_config.return_dict_in_generate = returns_dict or beams
@@ -311,7 +313,7 @@ def generate(
     try:
         output = backbone.generate(inputs, custom_generate=decode, **kwargs)
     finally:
-        forget_reading()
+        enter(None)
     return output, final[0]
 
 

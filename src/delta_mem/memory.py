@@ -5,7 +5,7 @@ The reader's path through one call, for one layer, on its attention's input h [b
     project        h -> z: W_q h, W_k h, W_v h and the gates' W h, in one matrix product
     advance        z and the state -> readings and the new state, by `ops.advance`
     correct        a reading -> the correction of q, k, v or o: alpha / r * s * W_delta m
-    step           all of them for one token of inference, by `ops.one_token`
+    step           what `ops.Token` needs, to do all of them for one token of inference
 
 `WritePlan` says, once for all layers, which tokens read, which write, and where segments end.
 Under segment writes (SSW) the mean of a segment's tokens is written once, when the segment ends; see
@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +148,9 @@ class DeltaMemory(nn.Module):
             self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
         self._casts: dict[str, tuple[tuple, Tensor]] = {}  # see _weight
         self._scale = config.alpha / config.rank
-        self._step: ops.Step | None = None  # see _own_step
+        self._step: ops.Step | None = None  # see step
         self._step_weights = ("in_proj", "gate_bias", *[f"delta_{head}" for head in config.heads])
-        self._in_one_go = not (config.trainable_scale or config.o_norm)  # all that `ops.Step` knows
+        self._in_one_go = not (config.trainable_scale or config.o_norm)  # all that an `ops.Step` knows
 
     @property
     def device(self) -> torch.device:
@@ -238,53 +237,18 @@ class DeltaMemory(nn.Module):
             )
         return reads.flatten(2), state, open_sum
 
-    def step(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        open_sum: Tensor | None,
-        plan: WritePlan,
-        output: Tensor | None = None,
-        room: dict | None = None,
-    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-        """`project`, `advance` and `correct` of one token, for inference: one kernel where there is one.
-
-        Args:
-            hidden: [batch, 1, hidden].
-            state, open_sum, plan: as in `advance`.
-            output: [batch, 1, size], what the projection of the first head of `config.heads` gave: may be
-                corrected in place.
-            room: for the corrections, see `ops.Step`.
-
-        Returns:
-            The corrections [batch, 1, size] in the order of `config.heads`, the first of them None if
-            `output` has been corrected; the new state; the new open sum. None where there is no such kernel.
-        """
+    def step(self) -> ops.Step | None:
+        """This layer's weights as an `ops.Token` takes them; None if it does more than those do."""
         if not self._in_one_go:
             return None
-        given = state, plan.writes, plan.mask, output, plan.segments, open_sum, room
-        results = self._own_step()(hidden, *given)
-        if results is None or not plan.read_only:
-            return results
-        return results[0], state, open_sum
-
-    def _own_step(self) -> ops.Step:
-        """This layer's `ops.Step`, for the weights that it has now."""
         weights, own, recorded = self._parameters, self._step, torch.compiler.is_compiling()
         if not recorded and own is not None and all(map(operator.is_, weights.values(), own.weights)):
             return own
         in_proj, gate_bias, *deltas = [weights[name] for name in self._step_weights]
-        own = ops.one_token(in_proj, gate_bias, tuple(deltas), self._scale, self.rule)
+        own = ops.Step(in_proj, gate_bias, tuple(deltas), self._scale, self.rule)
         if not recorded:
             self._step = own
         return own
-
-    def _apply(self, *args: Any, **kwargs: Any) -> DeltaMemory:
-        self._step = None  # where the weights go, another backend may be at home
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None}  # for the same reason
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""

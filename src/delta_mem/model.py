@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from . import checkpoint, generation
 from .backbones import (
     CALL,
-    LayerHooks,
+    Coupling,
     MemoryCall,
     causal_lm,
     device_of,
+    enter,
     find_attention_layers,
     first_columns,
-    forget_reading,
     head_sizes,
+    reach,
 )
 from .config import DeltaMemConfig
 from .errors import IncompatibleMemoryError, UnsupportedBackboneError
@@ -71,6 +72,14 @@ class DeltaMemModel(nn.Module):
         if missing:
             raise ValueError(f"config.layers: no attention layer {missing}; there are {list(found)}.")
 
+        keywords_arrive, direct = reach(model, found[next(iter(config.layers or found))])
+        if not keywords_arrive:
+            attention = type(found[next(iter(found))].module).__name__
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} does not hand keyword arguments on to its attention modules "
+                f"({attention}), so no memory can reach them."
+            )
+
         self.delta_config = config
         adapters = {
             index: _new_adapter(layer, config)
@@ -78,7 +87,9 @@ class DeltaMemModel(nn.Module):
             if config.layers is None or index in config.layers
         }
         self.adapters = nn.ModuleDict({str(index): adapter for index, adapter in adapters.items()})
-        self._by_layer = adapters  # the same ones by their numbers, for every call to look up
+        self._coupling = Coupling(found, adapters, config.heads)
+        if not (direct and {"q", "o"}.issubset(config.heads)):
+            self._coupling.listen()
         self.backbone = backbone
         self.train(backbone.training)
         self._enabled, self._attached = True, True
@@ -90,16 +101,6 @@ class DeltaMemModel(nn.Module):
             model.register_forward_pre_hook(generation.before_forward, with_kwargs=True),
             model.register_forward_hook(generation.after_forward, with_kwargs=True),
         ]
-        self._hooks = [
-            LayerHooks(layer, config.heads if index in adapters else ()) for index, layer in found.items()
-        ]
-        for hooks in self._hooks:
-            self._handles += hooks.attach()
-        try:
-            _check_reach(model, found[next(iter(adapters))].module)
-        except BaseException:
-            self.detach()
-            raise
 
     # ---- files -----------------------------------------------------------------------------------
 
@@ -185,6 +186,8 @@ class DeltaMemModel(nn.Module):
     def train(self, mode: bool = True) -> DeltaMemModel:
         """As `nn.Module.train`. The fingerprint is computed anew: weights may have been changed unseen."""
         self._fingerprint = None
+        if mode:
+            self._coupling.listen()  # checkpointing will ask
         return super().train(mode)
 
     def named_weights(self) -> dict[str, Tensor]:
@@ -216,13 +219,13 @@ class DeltaMemModel(nn.Module):
         def zeros(*size: int) -> dict[int, Tensor]:
             return {
                 index: torch.zeros(batch_size, *size, dtype=torch.float32, device=adapter.device)
-                for index, adapter in self._by_layer.items()
+                for index, adapter in self._coupling.adapters.items()
             }
 
         layers, open_segment = zeros(config.num_states, config.rank, config.rank), None
         zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
         if config.write != "token":
-            features = sum(next(iter(self._by_layer.values())).rule.sections.values()) - config.width
+            features = sum(next(iter(self._coupling.adapters.values())).rule.sections.values()) - config.width
             open_segment = OpenSegment(zeros(features), zero.clone(), zero - 1)
         name = getattr(self.config, "_name_or_path", "") or self.config.model_type
         return MemoryState(layers, zero, open_segment, backbone=name)
@@ -245,7 +248,7 @@ class DeltaMemModel(nn.Module):
         if segment is None:
             return
         memory.layers = {
-            index: self._by_layer[index].close_segment(
+            index: self._coupling.adapters[index].close_segment(
                 state, segment.sums[index], segment.count.to(state.device), segment.count.to(state.device) > 0
             )
             for index, state in memory.layers.items()
@@ -300,9 +303,10 @@ class DeltaMemModel(nn.Module):
         self.check_memory(memory, shape[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_checkpointing(self.backbone)
+            self._coupling.listen()
         device = memory.tokens_written.device
         call = MemoryCall(
-            self._by_layer,
+            self._coupling,
             memory,
             shape,
             _read_mask(attention_mask, shape, device),
@@ -318,7 +322,7 @@ class DeltaMemModel(nn.Module):
                 self._check_ids(input_ids)
             raise
         finally:
-            forget_reading()
+            enter(None)
 
     def write(
         self,
@@ -414,7 +418,7 @@ class DeltaMemModel(nn.Module):
         device = memory.tokens_written.device
         output, after = generation.generate(
             self.backbone,
-            self._by_layer,
+            self._coupling,
             memory,
             inputs,
             _read_write(write, shape, device),
@@ -442,6 +446,7 @@ class DeltaMemModel(nn.Module):
 
     def detach(self) -> nn.Module:
         """Takes all hooks off and gives the backbone back as it was. The adapter is then of no use."""
+        self._coupling.detach()
         for handle in self._handles:
             handle.remove()
         for parameter in self._was_trainable:
@@ -456,12 +461,11 @@ class DeltaMemModel(nn.Module):
             raise RuntimeError("this model was detached from its backbone; make a new DeltaMemModel.")
         if torch.compiler.is_compiling():
             return
-        for hooks in self._hooks:
-            if lost := hooks.replaced():
-                raise RuntimeError(
-                    f"{lost} was replaced after the memory was attached (by merging a LoRA?), so its "
-                    "correction is lost: detach(), change the backbone, and attach again."
-                )
+        if lost := self._coupling.lost():
+            raise RuntimeError(
+                f"{lost} was replaced after the memory was attached (by merging a LoRA?), so its "
+                "correction is lost: detach(), change the backbone, and attach again."
+            )
 
     def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
         """(batch, tokens) of the input."""
@@ -502,7 +506,7 @@ class DeltaMemModel(nn.Module):
             return
         if not isinstance(memory, MemoryState):
             raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}.")
-        adapters = self._by_layer
+        adapters = self._coupling.adapters
         if memory.layers.keys() != adapters.keys():
             raise IncompatibleMemoryError(
                 f"the memory has layers {list(memory.layers)}, the adapter {list(adapters)}."
@@ -557,43 +561,6 @@ def _new_adapter(layer: Any, config: DeltaMemConfig) -> DeltaMemory:
         columns = {h: first_columns(layer, h, count, sizes[h][0]) for h in config.heads}
     adapter.reset_parameters(columns)
     return adapter.to(torch.float32)
-
-
-class _Reached(Exception):
-    """Ends the probe of `_check_reach`; carries whether the keyword arrived."""
-
-
-def _check_reach(model: nn.Module, attention: nn.Module) -> None:
-    """Sends one token up to the first memory's attention module, to see that the call arrives there.
-
-    Raises:
-        UnsupportedBackboneError: the model does not hand extra keywords on to its attention.
-    """
-    embeddings = model.get_input_embeddings().weight
-    if embeddings.device.type == "meta":
-        return
-
-    def arrived(module, args, kwargs):
-        raise _Reached(CALL in kwargs)
-
-    # Prepended: it must look before the hook that takes the call out.
-    handle = attention.register_forward_pre_hook(arrived, with_kwargs=True, prepend=True)
-    try:
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=embeddings.device)
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False, **{CALL: None})
-        reached = False
-    except _Reached as probe:
-        reached = probe.args[0]
-    except TypeError:
-        reached = False
-    finally:
-        handle.remove()
-    if not reached:
-        raise UnsupportedBackboneError(
-            f"{type(model).__name__} does not hand keyword arguments on to its attention modules "
-            f"({type(attention).__name__}), so no memory can reach them."
-        )
 
 
 def _check_checkpointing(backbone: nn.Module) -> None:

@@ -6,7 +6,7 @@ dense tensors, and hands them to a backend: one file per way to compute the same
 A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads,
 and the state after), `advance_segments` (under segment writes) and `read` (nothing is written). Where a
 compiled backend can do one of these in one go, and can be differentiated if gradients are wanted, it does.
-One token in decoding (`one_token`) is compiled or not at all.
+In decoding one token goes through all layers as a `Token`.
 """
 
 from collections.abc import Callable
@@ -19,21 +19,23 @@ from torch.nn import functional as F
 from . import chunked, cpu, naive, segments, triton
 from .activation import Rule, activate, direction
 from .segments import SegmentPlan
-from .steps import Step
+from .steps import Step, Token
 
 __all__ = [
     "BACKENDS",
     "Rule",
     "SegmentPlan",
     "Step",
+    "Token",
     "advance",
     "advance_segments",
+    "begin_token",
     "close_segment",
     "delta_rule",
-    "one_token",
     "plan_segments",
     "project",
     "read",
+    "recorded_token",
 ]
 
 # Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
@@ -216,12 +218,32 @@ def _fused(
     return None
 
 
-def one_token(
-    in_proj: Tensor, gate_bias: Tensor, deltas: tuple[Tensor, ...], scale: float, rule: Rule
-) -> Step:
-    """One token of a layer in one go, for inference: see `steps.Step`, also for the arguments."""
-    backend = triton if triton.kernels is not None and triton.runs_on(in_proj) else cpu
-    return backend.Step(in_proj, gate_bias, deltas, scale, rule)
+def begin_token(hidden: Tensor, *args, **kwargs) -> Token:
+    """One token's way through the layers, for inference: see `steps.Token`, also for the arguments."""
+    backend = triton if triton.kernels is not None and triton.runs_on(hidden) else cpu
+    return backend.Token(hidden, *args, **kwargs)
+
+
+def recorded_token(
+    hidden: Tensor,
+    step: Step,
+    state: Tensor,
+    writes: Tensor | None = None,
+    mask: Tensor | None = None,
+    segments: SegmentPlan | None = None,
+    open_sum: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
+    """One token of one layer, where torch wants to see every operation, as under torch.compile.
+
+    Args are those of `steps.Token`, of one layer.
+
+    Returns:
+        The corrections, the state after the token, and the sums of the segments left open. None where nobody
+        wants to see it, and on CPUs, where there is no such operation.
+    """
+    if triton.kernels is None or not triton.runs_on(hidden):
+        return None
+    return triton.recorded_token(hidden, step, state, writes, mask, segments, open_sum)
 
 
 def project(hidden: Tensor, in_proj: Tensor) -> Tensor:

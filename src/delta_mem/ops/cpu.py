@@ -8,7 +8,7 @@ vectors, and half of them take a thread as long as all.
 The backward pass computes the states again, from marks that the forward pass leaves every 64 tokens.
 
 For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments`
-take it from its projections to its reads, a `Step` takes one token from the layer's input to the corrections
+XX token from the layer's input to the corrections
 of its projections. In decoding the processor's caches are full of the model's weights,
 and what costs is not arithmetic but to start an operation: several times what it takes when nothing else
 runs. So few calls, few checks.
@@ -124,94 +124,106 @@ def advance_segments(
     tensors = (z, gate_bias, state, open_sum)
     if not usable(tensors, rule.rank) or not _fit(z, gate_bias, state, rule, plan.ends, mask):
         return None
-    parts = _segments(open_sum, plan, z.shape[:2], z.shape[2], rule)
-    if parts is None:
+    planned = _planned(plan, z.shape[:2])
+    written = z.shape[2] - rule.num_states * rule.rank
+    if planned is None or open_sum.shape != (z.shape[0], written) or not _is_plain_float32(open_sum):
         return None
     reads, final = _results(z, rule)
     new_sum = torch.empty_like(open_sum)
-    _run("advance_segments", z, gate_bias, state, mask, reads, final, rule, (new_sum.data_ptr(), *parts))
+    own = new_sum.data_ptr(), open_sum.data_ptr(), *planned
+    _run("advance_segments", z, gate_bias, state, mask, reads, final, rule, own)
     return reads, final, new_sum
 
 
-class Step(steps.Step):
+class Token(steps.Token):
     """For few rows in float32."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        writes: Tensor | None = None,
-        mask: Tensor | None = None,
-        output: Tensor | None = None,
-        segments: SegmentPlan | None = None,
-        open_sum: Tensor | None = None,
-        room: dict | None = None,
-    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-        if is_compiling() or _watched() or self._learns(hidden, state, open_sum):
-            return None
-        facts, shape, new_sum = self._facts(), hidden.shape, None
-        batch = shape[0]
+    def _begin(
+        self, hidden: Tensor, writes: Tensor | None, mask: Tensor | None, segments: SegmentPlan | None
+    ) -> bool:
+        batch = hidden.shape[0] if hidden.ndim == 3 else 0
         if (
-            facts is None
+            is_compiling()
+            or _watched()
             or not 0 < batch <= FEW
-            or shape != (batch, 1, facts.size)
-            or state.shape != (batch, *facts.state)
-            or not (_is_plain_float32(hidden) and _is_plain_float32(state))
+            or hidden.shape[1] != 1
             or not (writes is None or _are_flags(writes, batch, 1))
             or not (mask is None or _are_flags(mask, batch, 1))
-        ):
-            return None
-        name, between = "step", (0, 0) if writes is None else (writes.data_ptr(), writes.stride(0))
-        if segments is not None:
-            planned = _segments(open_sum, segments, (batch, 1), facts.features, self.rule)
-            if planned is None:
-                return None
-            new_sum = torch.empty_like(open_sum)
-            name, between = "step_segments", (new_sum.data_ptr(), *planned)
-        in_place = (
-            output is not None and _is_plain_float32(output) and output.numel() == batch * facts.sizes[0]
-        )
-        corrections = self._room(hidden, facts.sizes, in_place, room)
-        to = tuple([x.data_ptr() for x in corrections])
-        if in_place:
-            corrections, to = [None, *corrections], (output.data_ptr(), *to)
-        after = torch.empty_like(state)
-        kernel = facts.kernels.get(name)
-        if kernel is None:  # not both at once: to compile takes seconds
-            kernel = facts.kernels[name] = _kernels().kernel(name, self.rule.rank)
-        kernel(
-            facts.layer, self.scale, hidden.data_ptr(), state.data_ptr(), after.data_ptr(),
-            *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))), *between,
-            batch, int(in_place), to + facts.absent,
-        )  # fmt: skip
-        return corrections, after, new_sum
-
-    def _find_out(self) -> SimpleNamespace | None:
-        in_proj, gate_bias, *deltas = self.weights
-        states, rank = self.rule[:2]
-        if (
-            rank > MAX_RANK
-            or not 0 < len(deltas) <= MAX_HEADS
-            or not all(_is_plain_float32(x) for x in self.weights)
-            or not all(delta.shape == (len(delta), states * rank) for delta in deltas)
             or not isinstance(_load(), ModuleType)
         ):
+            return False
+        self._name = "step"
+        self._by_row = *_by_row(mask), *_by_row(writes)
+        if segments is not None:
+            planned = _planned(segments, (batch, 1))
+            if planned is None:
+                return False
+            self._name, self._by_row, self._plan = "step_segments", _by_row(mask), planned
+        return True
+
+    def _prepare(
+        self, step: steps.Step, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+    ) -> tuple | None:
+        facts, (state, open_sum), (state_after, sum_after) = step.facts(), before, after
+        if "cpu" not in facts:
+            facts["cpu"] = _find_out(step)
+        facts = facts["cpu"]
+        if (
+            facts is None
+            or self.shape[2] != facts.size
+            or state.shape != (self.shape[0], *facts.state)
+            or not _is_plain_float32(state)
+        ):
             return None
-        features, gates, flags = _layout(self.rule)
-        if in_proj.shape[:-1] != (features,) or gate_bias.shape != (gates,):
+        given = state.data_ptr(), state_after.data_ptr(), *self._by_row
+        if open_sum is not None:
+            if open_sum.shape != (self.shape[0], facts.written) or not _is_plain_float32(open_sum):
+                return None
+            given += sum_after.data_ptr(), open_sum.data_ptr(), *self._plan
+        kernel = facts.kernels.get(self._name)
+        if kernel is None:  # not both at once: to compile takes seconds
+            kernel = facts.kernels[self._name] = _kernels().kernel(self._name, step.rule.rank)
+        room, in_place = self._room(step.sizes)
+        to, first = (*[x.data_ptr() for x in room], *facts.absent), self.shape[0] * step.sizes[0]
+        return kernel, (facts.layer, step.scale), (*given, self.shape[0]), to, first, (room, in_place)
+
+    def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
+        prepared = self._layers.get(layer)
+        if prepared is None or not _is_plain_float32(hidden) or hidden.shape != self.shape:
             return None
-        absent = (0,) * (MAX_HEADS - len(deltas))
-        heads = [number for delta in deltas for number in (delta.data_ptr(), len(delta))]
-        fixed = in_proj.data_ptr(), gate_bias.data_ptr(), *flags, states, in_proj.shape[1]
-        return SimpleNamespace(
-            features=features,
-            state=(states, rank, rank),
-            size=in_proj.shape[1],
-            sizes=tuple(len(delta) for delta in deltas),
-            absent=absent,
-            layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
-            kernels={},
-        )
+        kernel, own, given, to, first, corrections = prepared
+        in_place = output is not None and _is_plain_float32(output) and output.numel() == first
+        if in_place:
+            to = (output.data_ptr(), *to[1:])
+        kernel(*own, hidden.data_ptr(), *given, in_place, to)
+        return corrections[in_place]
+
+
+def _find_out(step: steps.Step) -> SimpleNamespace | None:
+    """What the kernels need to know of a layer's weights; None if they do not take them."""
+    in_proj, gate_bias, *deltas = step.weights
+    states, rank = step.rule[:2]
+    if (
+        rank > MAX_RANK
+        or not 0 < len(deltas) <= MAX_HEADS
+        or not all(_is_plain_float32(x) for x in step.weights)
+        or not all(delta.shape == (len(delta), states * rank) for delta in deltas)
+    ):
+        return None
+    features, gates, flags = _layout(step.rule)
+    if in_proj.shape[:-1] != (features,) or gate_bias.shape != (gates,):
+        return None
+    absent = (0,) * (MAX_HEADS - len(deltas))
+    heads = [number for delta in deltas for number in (delta.data_ptr(), len(delta))]
+    fixed = in_proj.data_ptr(), gate_bias.data_ptr(), *flags, states, in_proj.shape[1]
+    return SimpleNamespace(
+        written=features - states * rank,
+        state=(states, rank, rank),
+        size=in_proj.shape[1],
+        absent=absent,
+        layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
+        kernels={},
+    )
 
 
 def plan_segments(
@@ -279,18 +291,11 @@ def _fit(
     )
 
 
-def _segments(
-    open_sum: Tensor, plan: SegmentPlan, shape: tuple[int, int], features: int, rule: Rule
-) -> tuple[int, ...] | None:
-    """The addresses of the open sums and of the plan of a call of `shape` (batch, tokens).
-
-    None if they are not as the kernels believe.
-    """
-    parts = (open_sum, plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open)
+def _planned(plan: SegmentPlan, shape: tuple[int, int]) -> tuple[int, ...] | None:
+    """The addresses of a plan for `shape` (batch, tokens); None if it is not as the kernels believe."""
+    parts = plan.index, plan.member, plan.ends, plan.closes, plan.open_before, plan.stays_open
     if (
-        open_sum.shape != (shape[0], features - rule.num_states * rule.rank)
-        or open_sum.dtype is not torch.float32
-        or not plan.index.shape == plan.member.shape == plan.ends.shape == shape
+        not plan.index.shape == plan.member.shape == plan.ends.shape == shape
         or not plan.closes.shape == plan.open_before.shape == plan.stays_open.shape == shape[:1]
         or not all(x.is_cpu and x.is_contiguous() for x in parts)
     ):
@@ -408,6 +413,11 @@ _NONE = (0, 0, 0)
 
 def _are_flags(x: Tensor, batch: int, tokens: int) -> bool:
     return x.dtype is torch.bool and x.shape == (batch, tokens) and x.is_cpu
+
+
+def _by_row(flags: Tensor | None) -> tuple[int, int]:
+    """The address of one token's flags, and their stride from row to row."""
+    return (0, 0) if flags is None else (flags.data_ptr(), flags.stride(0))
 
 
 def _is_plain_float32(x: Tensor) -> bool:

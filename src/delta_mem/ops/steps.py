@@ -1,7 +1,14 @@
-"""One token of one layer in one go, for inference: what the backends' kernels for it have in common."""
+"""One token through the layers of a model, for inference: what the backends' kernels for it have in common.
+
+In decoding what costs is not arithmetic but to start an operation, and Python around it. So a layer's kernel
+does all that there is to do for a token, and what can be found out for all layers at once, is: a `Step` is a
+layer's weights, and what was found out about them once; a `Token` is one token's way through the layers, of
+which each then does little more than start its kernel.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +19,7 @@ from .segments import SegmentPlan
 
 
 class Step:
-    """From a layer's input to the corrections of its projections, for one token; made once for a layer.
-
-    In decoding it is called for every layer and token, and to ask what the weights are would take longer than
-    the kernel. So that is found out once, and again when they have been moved, cast or reshaped. Each backend
-    has a class of its own.
+    """The weights that take one token through a layer, and what backends have found out about them.
 
     Args:
         in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
@@ -31,54 +34,11 @@ class Step:
     ):
         self.packed, self.scale, self.rule = (in_proj, gate_bias, deltas), scale, rule
         self.weights = (in_proj, gate_bias, *deltas)
-        self.first_size = deltas[0].shape[0] if deltas else 0
-        self._found: tuple[list[tuple], Any] | None = None  # of the weights what `_facts` compares; the facts
+        self.sizes = tuple(len(delta) for delta in deltas)
+        self._found: tuple[list[tuple], dict] | None = None  # of the weights what `facts` compares; the facts
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        writes: Tensor | None = None,
-        mask: Tensor | None = None,
-        output: Tensor | None = None,
-        segments: SegmentPlan | None = None,
-        open_sum: Tensor | None = None,
-        room: dict | None = None,
-    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-        """One token.
-
-        Args:
-            hidden: [batch, 1, size], any floating dtype.
-            state, writes, mask: as in `delta_mem.ops.advance`.
-            output: [batch, 1, size of the first head], which its correction may be added to, in place. One
-                that no kernel can add to is left as it is.
-            segments, open_sum: under segment writes, instead of writes: the plan and the sums that
-                `delta_mem.ops.advance_segments` takes.
-            room: a dict to keep room for corrections in, which then are good until it is passed again; None:
-                the caller may keep them.
-
-        Returns:
-            The corrections [batch, 1, size of the head] in hidden's dtype, the first of them None if it has
-            been added to `output`; the state after the token; and the sums of the segments left open. None
-            for what the kernel does not take.
-        """
-        raise NotImplementedError
-
-    def _room(
-        self, hidden: Tensor, sizes: tuple[int, ...], in_place: bool, room: dict | None
-    ) -> list[Tensor]:
-        """Where corrections go that are not added to an output, [batch, 1, size] each."""
-        batch = hidden.shape[0]
-        key = batch, sizes, in_place, hidden.dtype, hidden.get_device()
-        found = None if room is None else room.get(key)
-        if found is None:
-            found = [hidden.new_empty((batch, 1, size)) for size in sizes[in_place:]]
-            if room is not None:
-                room[key] = found
-        return found
-
-    def _facts(self) -> Any:
-        """What `_find_out` found out about the weights, as long as they are where and what they were."""
+    def facts(self) -> dict:
+        """Where backends note what they find out about the weights; empty once these are others."""
         if self._found is not None:
             for weight, address, dtype, shape, contiguous in self._found[0]:
                 if (
@@ -91,15 +51,90 @@ class Step:
             else:
                 return self._found[1]
         known = [(x, x.data_ptr(), x.dtype, x.shape, x.is_contiguous()) for x in self.weights]
-        self._found = known, self._find_out()  # both at once: other threads may be here too
+        self._found = known, {}  # both at once: other threads may be here too
         return self._found[1]
 
-    def _find_out(self) -> Any:
-        """What the kernels need to know of the weights; None if they do not take them."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": None}  # of these weights, not of a copy's
+
+
+class Token:
+    """One token's way through the layers of a model that are on one device, for inference.
+
+    Begun at the first layer, then called with each layer's number. Each backend has a class of its own.
+
+    Args:
+        hidden: the first layer's input, [batch, 1, size], any floating dtype.
+        steps: {layer: its `Step`}.
+        states: {layer: its state}, as in `delta_mem.ops.advance`.
+        writes, mask: as in `delta_mem.ops.advance`.
+        segments, open_sums: under segment writes, instead of writes: the plan, and {layer: the sums that
+            `delta_mem.ops.advance_segments` takes}.
+
+    Attributes:
+        after: {layer: (its state after the token, the sums of the segments left open or None)}, once the
+            layer was called. One that no kernel takes is not there.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        steps: dict[int, Step],
+        states: dict[int, Tensor],
+        writes: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: SegmentPlan | None = None,
+        open_sums: dict[int, Tensor] | None = None,
+    ):
+        self.after: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.get_device()
+        self._layers: dict[int, Any] = {}  # of each layer, what its call needs
+        self._rooms: dict[tuple[int, ...], tuple] = {}
+        self._like = hidden
+        self._given = states, writes, mask, segments, open_sums  # kernels know addresses: these must stay
+        if torch.is_grad_enabled() or not self._begin(hidden, writes, mask, segments):
+            return
+        for layer, step in steps.items():
+            before = states[layer], None if segments is None else open_sums[layer]
+            after = torch.empty_like(before[0]), None if segments is None else torch.empty_like(before[1])
+            prepared = self._prepare(step, before, after)
+            if prepared is not None:
+                self._layers[layer], self.after[layer] = prepared, after
+
+    def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
+        """The corrections of one layer.
+
+        Args:
+            layer: its number.
+            hidden: its input, [batch, 1, size].
+            output: [batch, 1, size of the first head], which its correction may be added to, in place. One
+                that no kernel can add to is left as it is.
+
+        Returns:
+            The corrections [batch, 1, size of the head] in hidden's dtype, good until the next layer is
+            called; the first of them None if it has been added to `output`. None for what no kernel takes.
+        """
         raise NotImplementedError
 
-    def _learns(self, *tensors: Tensor | None) -> bool:
-        """Whether gradients are wanted, which no kernel has."""
-        return torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (*tensors, *self.weights)
-        )
+    def _begin(
+        self, hidden: Tensor, writes: Tensor | None, mask: Tensor | None, segments: SegmentPlan | None
+    ) -> bool:
+        """Whether these, which all layers have in common, are what the kernels take."""
+        raise NotImplementedError
+
+    def _prepare(
+        self, step: Step, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+    ) -> Any:
+        """What a layer's call needs, before and after being (state, open sums); None if it is not taken."""
+        raise NotImplementedError
+
+    def _room(self, sizes: tuple[int, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Where corrections go, and the same without the first, which is added to an output.
+
+        The same for all layers whose heads have these sizes.
+        """
+        room = self._rooms.get(sizes)
+        if room is None:
+            corrections = [self._like.new_empty((*self.shape[:2], size)) for size in sizes]
+            room = self._rooms[sizes] = tuple(corrections), (None, *corrections[1:])
+        return room

@@ -1,7 +1,7 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
-projections to its reads, and four and a sum back; a `Step` is one, from one token's hidden state to the
+projections to its reads, and four and a sum back; a layer of a `Token` is one, from the layer's input to the
 corrections of its projections. All may be captured in a CUDA graph; under torch.compile each is one operator
 of the graph. `plan_token` says where segments end, for decoding.
 
@@ -12,6 +12,8 @@ imported, the kernels run on the CPU, slowly: that is how they are tested withou
 import functools
 import os
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,68 +100,90 @@ def advance(
     return _advance(*tensors, *rule, *flags)
 
 
-class Step(steps.Step):
-    """For up to `MAX_QUERIES` queries; under torch.compile, one operator of the graph."""
+class Token(steps.Token):
+    """For up to `MAX_QUERIES` queries."""
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        state: Tensor,
-        writes: Tensor | None = None,
-        mask: Tensor | None = None,
-        output: Tensor | None = None,
-        segments: SegmentPlan | None = None,
-        open_sum: Tensor | None = None,
-        room: dict | None = None,
-    ) -> tuple[list[Tensor | None], Tensor, Tensor | None] | None:
-        if _transformed() or self._learns(hidden, state, open_sum):
+    def _begin(
+        self, hidden: Tensor, writes: Tensor | None, mask: Tensor | None, segments: SegmentPlan | None
+    ) -> bool:
+        if is_compiling() or _watched() or _transformed():
+            return False
+        self._flags = _flags(segments, writes, mask)
+        self._flags_at = _addresses(self._flags)
+        kind = None if segments is None else segments.kind
+        # All that the kernel relies on, of what the layers have in common.
+        self._key = type(hidden), self.dtype, self.shape, self.device, _kind(writes), _kind(mask), kind
+        return True
+
+    def _prepare(
+        self, step: steps.Step, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+    ) -> tuple | None:
+        launches = step.facts()
+        launch = launches.get(self._key)
+        if launch is None:
+            tensors = self._like, *step.packed, *before, *self._flags
+            launch = launches[self._key] = _step_fits(tensors, step.rule) and _Launch(tensors, step.rule)
+        if not launch or not _carried_fit(*before, self._like, step.rule):
             return None
-        given = None, *_NO_PLAN, writes, mask
-        if segments is not None:
-            given = open_sum, *[getattr(segments, name) for name in kernels.PLAN], writes, mask
-        if is_compiling() or _watched():
-            return self._recorded(hidden, state, given)
+        given, after = (*launch.weights, *_addresses(before), *self._flags_at), _addresses(after)
+        room, in_place = self._room(step.sizes)
+        to = _addresses(room)
+        return launch, given, to, after, _bits((*given, to, *after)), (step.scale,), (room, in_place)
+
+    def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
+        prepared = self._layers.get(layer)
+        if (
+            prepared is None
+            or hidden.dtype is not self.dtype
+            or hidden.shape != self.shape
+            or hidden.get_device() != self.device
+        ):
+            return None
+        launch, given, to, after, bits, scale, corrections = prepared
+        hidden = hidden.contiguous()
+        start = _address(hidden)
         in_place = (
             output is not None
             and type(output) is Tensor
-            and output.dtype is hidden.dtype
-            and output.numel() == hidden.shape[0] * self.first_size
-            and output.get_device() == hidden.get_device()
+            and output.dtype is self.dtype
+            and output.numel() == launch.first
+            and output.get_device() == self.device
             and output.is_contiguous()
         )
-        # All that the kernel relies on, of what is not known of the weights.
-        key = (
-            in_place, type(hidden), hidden.dtype, hidden.shape, hidden.get_device(),
-            type(state), state.dtype, state.shape, state.get_device(),
-            _kind(writes), _kind(mask),
-            None if segments is None else (segments.kind, _kind(open_sum)),
-        )  # fmt: skip
-        launches = self._facts()
-        launch = launches.get(key)
-        if launch is None:
-            tensors = hidden, *self.packed, state, *given
-            launch = _step_fits(tensors, self.rule) and _Launch(tensors, in_place, self.scale, self.rule)
-            launches[key] = launch
-        if not launch:
-            return None
-        corrections = self._room(hidden, launch.sizes, in_place, room)
-        after = launch(hidden, state, given, (output, *corrections) if in_place else tuple(corrections))
-        return ([None, *corrections] if in_place else corrections), *after
+        if in_place:
+            to = (_address(output), *to[1:])
+        bits |= _bits((start, to[0]))
+        launch.kernels[in_place].launch(launch.grid, (start, *given, to, *after), scale, bits)
+        return corrections[in_place]
 
-    def _recorded(self, hidden: Tensor, state: Tensor, given: tuple) -> tuple | None:
-        """The operator's results."""
-        if not _step_fits((hidden, *self.packed, state, *given), self.rule):
-            return None
-        open_sum, *planned, writes, mask = given
-        carried = state, open_sum, [x for x in planned if x is not None]
-        results = torch.ops.delta_mem.step(
-            hidden, *self.packed, self.scale, *carried, *self.rule, writes, mask
-        )
-        heads = len(self.packed[2])
-        return results[:heads], results[heads], None if open_sum is None else results[heads + 1]
 
-    def _find_out(self) -> "dict[tuple, _Launch | bool]":
-        return {}
+def recorded_token(
+    hidden: Tensor,
+    step: steps.Step,
+    state: Tensor,
+    writes: Tensor | None,
+    mask: Tensor | None,
+    segments: SegmentPlan | None,
+    open_sum: Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
+    """See `delta_mem.ops.recorded_token`."""
+    if torch.is_grad_enabled() or _transformed() or not (is_compiling() or _watched()):
+        return None
+    flags = _flags(segments, writes, mask)
+    fits = _step_fits((hidden, *step.packed, state, open_sum, *flags), step.rule)
+    if not (fits and _carried_fit(state, open_sum, hidden, step.rule)):
+        return None
+    *planned, writes, mask = flags
+    carried = state, open_sum, [x for x in planned if x is not None]
+    results = torch.ops.delta_mem.step(hidden, *step.packed, step.scale, *carried, *step.rule, writes, mask)
+    heads = len(step.sizes)
+    return results[:heads], results[heads], None if open_sum is None else results[heads + 1]
+
+
+def _flags(segments: SegmentPlan | None, writes: Tensor | None, mask: Tensor | None) -> tuple:
+    """A segment plan as the kernel of a token takes it, then the flags."""
+    planned = _NO_PLAN if segments is None else [getattr(segments, name) for name in kernels.PLAN]
+    return tuple([x if x is None else x.contiguous() for x in (*planned, writes, mask)])
 
 
 _NO_PLAN = (None,) * 6
@@ -213,33 +237,42 @@ def _kind(x: Tensor | None) -> tuple | None:
 
 
 def _step_fits(tensors: tuple, rule: Rule) -> bool:
-    """Whether a `_Launch` takes these inputs of the kernel."""
-    hidden, in_proj, gate_bias, deltas, state, open_sum, *planned, writes, mask = tensors
-    width = rule.num_states * rule.rank
+    """Whether a `_Launch` takes these inputs of the kernel, but for what a layer carries: state and sums."""
+    hidden, in_proj, gate_bias, deltas, state, _, *planned, writes, mask = tensors
+    width, weights = rule.num_states * rule.rank, (in_proj, gate_bias, *deltas)
     return (
-        usable((hidden, in_proj, gate_bias, state, *deltas), rule.rank)
+        usable((hidden, *weights), rule.rank)
         and hidden.ndim == 3
         and hidden.shape[1] == 1
         and 0 < hidden.shape[0] * width <= MAX_QUERIES
         and hidden.shape[2] > 0
         and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and gate_bias.is_floating_point()
-        and in_proj.device == hidden.device
         and in_proj.shape == (sum(rule.sections.values()), hidden.shape[2])
         and len(deltas) > 0
-        and all(x.device == hidden.device and x.dtype == deltas[0].dtype for x in deltas)
-        and all(x.ndim == 2 and x.shape[1] == width for x in deltas)
+        and all(x.dtype == deltas[0].dtype and x.ndim == 2 and x.shape[1] == width for x in deltas)
+        and all(x.device == hidden.device and x.is_contiguous() for x in weights)
         and _fit(hidden, gate_bias, state, rule, writes, mask)
-        and (open_sum is None or _segments_fit(hidden, open_sum, planned, len(in_proj) - width))
+        and all(x is None or (x.device == hidden.device and x.numel() == hidden.shape[0]) for x in planned)
     )
 
 
-def _segments_fit(hidden: Tensor, open_sum: Tensor, planned: Sequence[Tensor], features: int) -> bool:
+def _carried_fit(state: Tensor, open_sum: Tensor | None, hidden: Tensor, rule: Rule) -> bool:
+    """Whether a layer's state and sums are as the kernel of a token believes."""
+    batch, states, rank = hidden.shape[0], rule.num_states, rule.rank
+    sums = batch, sum(rule.sections.values()) - states * rank
+    return _is_plain_float32(state, (batch, states, rank, rank), hidden) and (
+        open_sum is None or _is_plain_float32(open_sum, sums, hidden)
+    )
+
+
+def _is_plain_float32(x: Tensor, shape: tuple[int, ...], like: Tensor) -> bool:
     return (
-        open_sum.shape == (hidden.shape[0], features)
-        and open_sum.dtype == torch.float32
-        and all(x.device == hidden.device for x in (open_sum, *planned))
-        and all(x.numel() == hidden.shape[0] for x in planned)
+        type(x) in _PLAIN
+        and x.dtype is torch.float32
+        and x.shape == shape
+        and x.get_device() == like.get_device()
+        and x.is_contiguous()
     )
 
 
@@ -482,42 +515,31 @@ class _Launch:
 
     Args:
         tensors: the kernel's inputs: hidden, in_proj, gate_bias, deltas, state, open_sum, …
-        in_place: the first head is corrected in place.
-        scale: of the corrections.
+
+    Attributes:
+        kernels: two, of which the second corrects the first head in place.
+        first: numbers in the first head's output.
+        weights: addresses of in_proj, gate_bias and deltas.
     """
 
-    def __init__(self, tensors: tuple, in_place: bool, scale: float, rule: Rule):
-        hidden, in_proj, gate_bias, deltas, state, open_sum, *given = tensors
+    def __init__(self, tensors: tuple, rule: Rule):
+        hidden, in_proj, gate_bias, deltas, state, open_sum, *_ = tensors
         batch, _, size = hidden.shape
         sizes = tuple(len(delta) for delta in deltas)
-        self.sizes, self.scale = sizes, (scale,)
+        self.first = batch * sizes[0]
         R = _cut(batch, rule.num_states, rule.rank).padded
         padded = 1 << (rule.num_states - 1).bit_length()
         rows, block, span, unroll, warps = _step_cut(batch, padded * R)
-        constants = rule.num_states, size, rule.rank, R, *rule[2:], sizes, in_place
-        constants += padded, rows, block, span, unroll
+        constants = rule.num_states, size, rule.rank, R, *rule[2:], sizes
+        cut = padded, rows, block, span, unroll
         blocks = sum(_ceil(n, block) for n in sizes)
         self.grid = rule.num_states * (R // rows) + blocks, batch, 1
         results = (hidden,) * len(sizes), state, open_sum  # of the same dtypes
-        self.kernel = _kernel(kernels.step, (*tensors, *results), constants, {"num_warps": warps})
-        self.weights = in_proj, gate_bias, deltas
-        self.side_by_side = all(x.is_contiguous() for x in (in_proj, gate_bias, *deltas))
-        self.alone = all(x is None for x in (open_sum, *given))
-
-    def __call__(
-        self, hidden: Tensor, state: Tensor, given: tuple, to: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Writes the corrections to `to`; returns the new state and open sum."""
-        hidden, state, weights, open_after = hidden.contiguous(), state.contiguous(), self.weights, None
-        if not self.side_by_side:
-            in_proj, gate_bias, deltas = weights
-            weights = in_proj.contiguous(), gate_bias.contiguous(), tuple([x.contiguous() for x in deltas])
-        if not self.alone:
-            given = [x if x is None else x.contiguous() for x in given]
-            open_after = None if given[0] is None else torch.empty_like(given[0])
-        after = torch.empty_like(state)
-        self.kernel(self.grid, (hidden, *weights, state, *given, to, after, open_after), self.scale)
-        return after, open_after
+        self.kernels = [
+            _kernel(kernels.step, (*tensors, *results), (*constants, in_place, *cut), {"num_warps": warps})
+            for in_place in (False, True)
+        ]
+        self.weights = _addresses((in_proj, gate_bias, deltas))
 
 
 def _step_cut(batch: int, queries: int) -> tuple[int, int, int, int, int]:
@@ -534,18 +556,19 @@ def _step_cut(batch: int, queries: int) -> tuple[int, int, int, int, int]:
 
 def _run(kernel, grid: tuple, tensors: tuple, sizes: tuple, constants: tuple, options: dict) -> None:
     """kernel[grid](*tensors, *sizes, *constants, **options), in a fraction of the time: see `_Kernel`."""
-    _kernel(kernel, tensors, constants, options)(grid, tensors, sizes)
+    addresses = _addresses(tensors)
+    _kernel(kernel, tensors, constants, options).launch(grid, addresses, sizes, _bits(addresses))
 
 
 def _kernel(kernel, tensors: tuple, constants: tuple, options: dict) -> "_Kernel":
     """The `_Kernel` for tensors of these dtypes, on their device."""
     one = tensors[0][0] if type(tensors[0]) is tuple else tensors[0]
     device = one.get_device()
-    dtypes = [x if x is None else x[0].dtype if type(x) is tuple else x.dtype for x in tensors]
-    key = kernel.__name__, device, constants, *dtypes
+    dtypes = tuple([x if x is None else x[0].dtype if type(x) is tuple else x.dtype for x in tensors])
+    key = kernel.__name__, device, constants, dtypes
     found = _kernels.get(key)
     if found is None:
-        found = _kernels[key] = _Kernel(kernel, device, constants, options)
+        found = _kernels[key] = _Kernel(kernel, device, dtypes, constants, options)
     return found
 
 
@@ -553,56 +576,78 @@ _kernels: dict[tuple, "_Kernel"] = {}
 
 
 class _Kernel:
-    """A kernel, for one device, certain dtypes and constants. Called, it launches.
+    """A kernel, for one device, certain dtypes and constants.
 
     What Triton finds out about its arguments at every launch takes longer than the launch. Here it is known,
     but for the addresses, of which code for multiples of 16 is told apart; the kernels are not specialised on
     sizes. Triton's launch hooks, which its own profiler uses, are not called.
     """
 
-    def __init__(self, kernel, device: int, constants: tuple, options: dict):
-        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
+    def __init__(self, kernel, device: int, dtypes: tuple, constants: tuple, options: dict):
+        self.kernel, self.device, self.dtypes = kernel, device, dtypes
+        self.constants, self.options = constants, options
         self.compiled: dict[tuple | int, tuple] = {}  # by `_odd` addresses; 0: all are multiples of 16
 
-    def __call__(self, grid: tuple, tensors: tuple, sizes: tuple = ()) -> None:
+    def launch(self, grid: tuple, addresses: tuple, sizes: tuple, bits: int) -> None:
         """Launches.
 
         Args:
             grid: three numbers.
-            tensors: each a tensor, a tuple of tensors, or None. Only addresses are passed on: they must be
-                contiguous, on the kernel's device, and of its dtypes.
+            addresses: of tensors that are contiguous, on the kernel's device, and of its dtypes.
             sizes: numbers, always of the same types.
+            bits: `_bits` of the addresses.
         """
         if INTERPRETED:
-            self.kernel[grid](*tensors, *sizes, *self.constants, **self.options)
+            self.kernel[grid](*addresses, *sizes, *self.constants, **self.options)
             return
-        addresses = [
-            0 if x is None else tuple([y.data_ptr() for y in x]) if type(x) is tuple else x.data_ptr()
-            for x in tensors
-        ]
-        bits = 0
-        for x in addresses:
-            if type(x) is tuple:
-                for y in x:
-                    bits |= y
-            else:
-                bits |= x
         if self.device != torch._C._cuda_getDevice():  # Triton launches on the current one
             with torch.cuda.device(self.device):
-                return self(grid, tensors, sizes)
+                return self.launch(grid, addresses, sizes, bits)
         odd = bits % 16 and _odd(addresses)
-        compiled = self.compiled.get(odd)
-        if compiled is None:
-            made = self.kernel.warmup(*tensors, *sizes, *self.constants, grid=grid, **self.options)
-            compiled = self.compiled[odd] = made.run, made.function, made.packed_metadata
-        run, function, metadata = compiled
+        run, function, metadata = self.compiled.get(odd) or self._compile(odd, grid, addresses, sizes)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         run(*grid, stream, function, metadata, None, None, None, *addresses, *sizes, *self.constants)
+
+    def _compile(self, odd: tuple | int, grid: tuple, addresses: tuple, sizes: tuple) -> tuple:
+        pointers = map(_pointer, self.dtypes, addresses)
+        made = self.kernel.warmup(*pointers, *sizes, *self.constants, grid=grid, **self.options)
+        self.compiled[odd] = made.run, made.function, made.packed_metadata
+        return self.compiled[odd]
+
+
+def _pointer(dtype: torch.dtype | None, address: Any) -> Any:
+    """What Triton takes for a tensor at this address, or several for a tuple of addresses."""
+    if type(address) is tuple:
+        return tuple([_pointer(dtype, x) for x in address])
+    return address if address is None else SimpleNamespace(dtype=dtype, data_ptr=lambda: address)
+
+
+def _address(x: Tensor | tuple[Tensor, ...] | None) -> Any:
+    """What a launch needs of a tensor, or of each of several; whoever passes it on keeps the tensor."""
+    if x is None or INTERPRETED:
+        return x
+    return tuple([y.data_ptr() for y in x]) if type(x) is tuple else x.data_ptr()
+
+
+def _addresses(tensors: Sequence) -> tuple:
+    return tuple([_address(x) for x in tensors])
+
+
+def _bits(addresses: Sequence) -> int:
+    """All bits that are set in any of the addresses."""
+    bits = 0
+    if not INTERPRETED:
+        for x in addresses:
+            if type(x) is tuple:
+                bits |= _bits(x)
+            elif x is not None:
+                bits |= x
+    return bits
 
 
 def _odd(addresses: Sequence) -> tuple:
     """Which of the addresses, some perhaps tuples of them, are no multiples of 16."""
-    return tuple(_odd(x) if type(x) is tuple else x % 16 > 0 for x in addresses)
+    return tuple(_odd(x) if type(x) is tuple else x is not None and x % 16 > 0 for x in addresses)
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -731,7 +776,11 @@ def _step(
     tensors = hidden, in_proj, gate_bias, tuple(deltas), state, open_sum, *planned, writes, mask
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
     to = tuple(hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas)
-    after = _Launch(tensors, False, scale, rule)(hidden, state, tensors[5:], to)
+    after = torch.empty_like(state), None if open_sum is None else torch.empty_like(open_sum)
+    launch, hidden = _Launch(tensors, rule), hidden.contiguous()
+    before = [x if x is None else x.contiguous() for x in tensors[4:]]
+    addresses = _address(hidden), *launch.weights, *_addresses((*before, to, *after))
+    launch.kernels[False].launch(launch.grid, addresses, (scale,), _bits(addresses))
     return [*to, *[x for x in after if x is not None]]
 
 
