@@ -403,11 +403,12 @@ def heads(rule, batch, sizes=(11, 6)):
 
 
 def step(hidden, in_proj, bias, deltas, state, rule, writes=None, mask=None, output=None):
-    return take(steps.Step(in_proj, bias, deltas, SCALE, rule), hidden, state, writes, mask, output)
+    own = steps.Steps({3: steps.Step(in_proj, bias, deltas, SCALE, rule)})
+    return take(own, hidden, state, writes, mask, output)
 
 
 def step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, plan, mask=None, output=None):
-    own = steps.Step(in_proj, bias, deltas, SCALE, rule)
+    own = steps.Steps({3: steps.Step(in_proj, bias, deltas, SCALE, rule)})
     return take(own, hidden, state, None, mask, output, plan, open_sum)
 
 
@@ -415,7 +416,7 @@ def step_segments(hidden, in_proj, bias, deltas, state, open_sum, rule, plan, ma
 def take(own, hidden, state, writes=None, mask=None, output=None, plan=None, open_sum=None):
     """The corrections and what there is after; None if the token is not taken."""
     open_sums = None if plan is None else {3: open_sum}
-    token = cpu.Token(hidden, {3: own}, {3: state}, writes, mask, plan, open_sums)
+    token = cpu.Token(hidden, own, {3: state}, writes, mask, plan, open_sums)
     corrections = token(3, hidden, output)
     return corrections and (list(corrections), *(x for x in token.after[3] if x is not None))
 
@@ -468,8 +469,8 @@ def test_layers_of_a_token_share_room_for_corrections():
     deltas, output = heads(rule, 3)
     layers = {i: steps.Step(in_proj * (1 + i), bias, deltas, SCALE, rule) for i in (0, 1)}
     others = {i: state + i for i in (0, 1)}
-    apart = [take(layers[i], hidden, others[i]) for i in (0, 1)]
-    token = cpu.Token(hidden, layers, others)
+    apart = [take(steps.Steps({3: layers[i]}), hidden, others[i]) for i in (0, 1)]
+    token = cpu.Token(hidden, steps.Steps(layers), others)
     for i in (0, 1):
         corrections = token(i, hidden, None)
         assert all(map(torch.equal, corrections, apart[i][0])) and torch.equal(token.after[i][0], apart[i][1])
@@ -477,14 +478,14 @@ def test_layers_of_a_token_share_room_for_corrections():
     assert token(2, hidden, None) is None  # no such layer
     assert token(0, hidden[:2], None) is None  # not the batch that it began with
     with torch.enable_grad():
-        assert cpu.Token(hidden, layers, others)(0, hidden, None) is None
+        assert cpu.Token(hidden, steps.Steps(layers), others)(0, hidden, None) is None
 
 
 def test_a_step_sees_that_its_weights_were_moved_or_replaced():
     rule = Rule(1, 8)
     hidden, in_proj, bias, state = one_token(rule)
     deltas, _ = heads(rule, 3)
-    own = steps.Step(in_proj, bias, deltas, SCALE, rule)
+    own = steps.Steps({3: steps.Step(in_proj, bias, deltas, SCALE, rule)})
 
     def corrections():
         results = take(own, hidden, state)

@@ -198,11 +198,12 @@ def heads(rule, batch, sizes=(70, 33)):
 
 
 def step(hidden, in_proj, bias, deltas, scale, state, rule, writes=None, mask=None, output=None):
-    return take(steps.Step(in_proj, bias, deltas, scale, rule), hidden, state, writes, mask, output)
+    own = steps.Steps({3: steps.Step(in_proj, bias, deltas, scale, rule)})
+    return take(own, hidden, state, writes, mask, output)
 
 
 def step_segments(hidden, in_proj, bias, deltas, scale, state, open_sum, rule, plan, mask=None, output=None):
-    own = steps.Step(in_proj, bias, deltas, scale, rule)
+    own = steps.Steps({3: steps.Step(in_proj, bias, deltas, scale, rule)})
     return take(own, hidden, state, None, mask, output, plan, open_sum)
 
 
@@ -210,7 +211,7 @@ def step_segments(hidden, in_proj, bias, deltas, scale, state, open_sum, rule, p
 def take(own, hidden, state, writes=None, mask=None, output=None, plan=None, open_sum=None):
     """The corrections and what there is after; None if the token is not taken."""
     open_sums = None if plan is None else {3: open_sum}
-    token = backend.Token(hidden, {3: own}, {3: state}, writes, mask, plan, open_sums)
+    token = backend.Token(hidden, own, {3: state}, writes, mask, plan, open_sums)
     corrections = token(3, hidden, output)
     return corrections and (list(corrections), *(x for x in token.after[3] if x is not None))
 
@@ -574,7 +575,7 @@ def test_auto_takes_the_kernels_on_a_gpu_and_graphs_capture_them():
     hidden, weight = torch.randn(2, 1, 64, device="cuda"), torch.randn(32, 64, device="cuda")
     deltas, _ = heads(rule, 2)
 
-    own = steps.Step(weight, bias, deltas, 2.0, rule)
+    own = steps.Steps({3: steps.Step(weight, bias, deltas, 2.0, rule)})
 
     def flat(state):
         (first, second), after = take(own, hidden, state)

@@ -21,6 +21,7 @@ the output projection is not corrected, or the former is not given the attention
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ class MemoryCall:
         keep_inputs: bool = False,
         trace: MemoryTrace | None = None,
     ):
-        self.adapters, self.owner = coupling.adapters, coupling.number
+        self.coupling, self.adapters, self.owner = coupling, coupling.adapters, coupling.number
         self.memory, self.shape = memory, shape
         self.by_keyword = coupling.listens and torch.is_grad_enabled()
         self.plan: WritePlan = plan_writes(memory, shape, mask, write, segment_ids, keep_segment_open)
@@ -357,10 +358,9 @@ class MemoryCall:
         """That of this device and dtype: `self.token` is the last layer's, almost always the only one."""
         key = hidden.device, hidden.dtype
         if key not in self.tokens:
-            steps = {index: step for index, adapter in self.adapters.items() if (step := adapter.step())}
             plan = self._plan_on(hidden.device)
             given = self.states, plan.writes, plan.mask, plan.segments, self.open_sums
-            self.tokens[key] = ops.begin_token(hidden, steps, *given)
+            self.tokens[key] = ops.begin_token(hidden, self.coupling.steps(), *given)
         self.token = self.tokens[key]
         return self.token
 
@@ -578,6 +578,7 @@ class Coupling:
         self.layers, self.adapters, self.heads = layers, adapters, heads
         self.number, self.listens = next(_numbers), False
         self.handles: list[Any] = []
+        self._steps: tuple[list[nn.Parameter], ops.Steps] | None = None
         self._places = {index: next(_numbers) for index in layers}
         # (layer's index, its modules beside the projection, the projection's name, the projection)
         self._hooked: list[tuple[int, dict, str, nn.Module]] = []
@@ -609,6 +610,15 @@ class Coupling:
             self.handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
             # Always: checkpointing ends a second forward by an exception.
             self.handles.append(layer.module.register_forward_hook(after_attention, always_call=True))
+
+    def steps(self) -> ops.Steps:
+        """The weights as an `ops.Token` takes them; those that the adapters have now."""
+        weights = [weight for adapter in self.adapters.values() for weight in adapter._parameters.values()]
+        known = self._steps
+        if known is None or len(known[0]) != len(weights) or not all(map(operator.is_, known[0], weights)):
+            steps = {index: step for index, adapter in self.adapters.items() if (step := adapter.step())}
+            known = self._steps = weights, ops.Steps(steps)
+        return known[1]
 
     def lost(self) -> str | None:
         """A projection that was replaced since, and with it our hook; None if all are there."""

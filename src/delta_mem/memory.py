@@ -17,7 +17,6 @@ A `DeltaMemory` holds weights only. States come in and go out as values.
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -148,9 +147,6 @@ class DeltaMemory(nn.Module):
             self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
         self._casts: dict[str, tuple[tuple, Tensor]] = {}  # see _weight
         self._scale = config.alpha / config.rank
-        self._step: ops.Step | None = None  # see step
-        self._step_weights = ("in_proj", "gate_bias", *[f"delta_{head}" for head in config.heads])
-        self._in_one_go = not (config.trainable_scale or config.o_norm)  # all that an `ops.Step` knows
 
     @property
     def device(self) -> torch.device:
@@ -239,16 +235,10 @@ class DeltaMemory(nn.Module):
 
     def step(self) -> ops.Step | None:
         """This layer's weights as an `ops.Token` takes them; None if it does more than those do."""
-        if not self._in_one_go:
+        if self.config.trainable_scale or self.config.o_norm:
             return None
-        weights, own, recorded = self._parameters, self._step, torch.compiler.is_compiling()
-        if not recorded and own is not None and all(map(operator.is_, weights.values(), own.weights)):
-            return own
-        in_proj, gate_bias, *deltas = [weights[name] for name in self._step_weights]
-        own = ops.Step(in_proj, gate_bias, tuple(deltas), self._scale, self.rule)
-        if not recorded:
-            self._step = own
-        return own
+        deltas = tuple(self._parameters[f"delta_{head}"] for head in self.config.heads)
+        return ops.Step(self.in_proj, self.gate_bias, deltas, self._scale, self.rule)
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""

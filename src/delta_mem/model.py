@@ -72,23 +72,22 @@ class DeltaMemModel(nn.Module):
         if missing:
             raise ValueError(f"config.layers: no attention layer {missing}; there are {list(found)}.")
 
-        keywords_arrive, direct = reach(model, found[next(iter(config.layers or found))])
-        if not keywords_arrive:
-            attention = type(found[next(iter(found))].module).__name__
-            raise UnsupportedBackboneError(
-                f"{type(model).__name__} does not hand keyword arguments on to its attention modules "
-                f"({attention}), so no memory can reach them."
-            )
-
         self.delta_config = config
         adapters = {
             index: _new_adapter(layer, config)
             for index, layer in found.items()
             if config.layers is None or index in config.layers
         }
+        arrives, direct = reach(model, found[next(iter(adapters))])
+        kinds = {type(found[index].module).__name__ for index in adapters}
+        if not arrives:
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} does not hand keyword arguments on to its attention modules "
+                f"({', '.join(kinds)}), so no memory can reach them."
+            )
         self.adapters = nn.ModuleDict({str(index): adapter for index, adapter in adapters.items()})
         self._coupling = Coupling(found, adapters, config.heads)
-        if not (direct and {"q", "o"}.issubset(config.heads)):
+        if not direct or len(kinds) > 1 or not {"q", "o"}.issubset(config.heads):
             self._coupling.listen()
         self.backbone = backbone
         self.train(backbone.training)

@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from . import chunked, cpu, naive, segments, triton
 from .activation import Rule, activate, direction
 from .segments import SegmentPlan
-from .steps import Step, Token
+from .steps import Step, Steps, Token
 
 __all__ = [
     "BACKENDS",
     "Rule",
     "SegmentPlan",
     "Step",
+    "Steps",
     "Token",
     "advance",
     "advance_segments",

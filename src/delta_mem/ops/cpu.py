@@ -162,9 +162,13 @@ class Token(steps.Token):
         return True
 
     def _prepare(
-        self, step: steps.Step, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+        self,
+        step: steps.Step,
+        facts: dict,
+        before: tuple[Tensor, Tensor | None],
+        after: tuple[Tensor, Tensor | None],
     ) -> tuple | None:
-        facts, (state, open_sum), (state_after, sum_after) = step.facts(), before, after
+        (state, open_sum), (state_after, sum_after) = before, after
         if "cpu" not in facts:
             facts["cpu"] = _find_out(step)
         facts = facts["cpu"]
@@ -183,9 +187,12 @@ class Token(steps.Token):
         kernel = facts.kernels.get(self._name)
         if kernel is None:  # not both at once: to compile takes seconds
             kernel = facts.kernels[self._name] = _kernels().kernel(self._name, step.rule.rank)
-        room, in_place = self._room(step.sizes)
-        to, first = (*[x.data_ptr() for x in room], *facts.absent), self.shape[0] * step.sizes[0]
-        return kernel, (facts.layer, step.scale), (*given, self.shape[0]), to, first, (room, in_place)
+        room, to = self._room(facts.sizes)
+        first = self.shape[0] * facts.sizes[0]
+        return kernel, (facts.layer, step.scale), (*given, self.shape[0]), to, first, room
+
+    def _at(self, corrections: tuple[Tensor, ...]) -> tuple[int, ...]:
+        return (*[x.data_ptr() for x in corrections], *(0,) * (MAX_HEADS - len(corrections)))
 
     def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
         prepared = self._layers.get(layer)
@@ -220,6 +227,7 @@ def _find_out(step: steps.Step) -> SimpleNamespace | None:
         written=features - states * rank,
         state=(states, rank, rank),
         size=in_proj.shape[1],
+        sizes=tuple(len(delta) for delta in deltas),
         absent=absent,
         layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
         kernels={},

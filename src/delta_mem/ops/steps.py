@@ -1,9 +1,9 @@
 """One token through the layers of a model, for inference: what the backends' kernels for it have in common.
 
 In decoding what costs is not arithmetic but to start an operation, and Python around it. So a layer's kernel
-does all that there is to do for a token, and what can be found out for all layers at once, is: a `Step` is a
-layer's weights, and what was found out about them once; a `Token` is one token's way through the layers, of
-which each then does little more than start its kernel.
+does all that there is to do for a token, and what can be found out for all layers at once, is. `Steps` are
+the layers' weights, and what was found out about them once. A `Token` is one token's way through the layers,
+of which each then does little more than start its kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .segments import SegmentPlan
 
 
 class Step:
-    """The weights that take one token through a layer, and what backends have found out about them.
+    """The weights that take one token through a layer.
 
     Args:
         in_proj: [features, size], the projections, laid out as `rule.sections`; used in hidden's dtype.
@@ -34,25 +34,34 @@ class Step:
     ):
         self.packed, self.scale, self.rule = (in_proj, gate_bias, deltas), scale, rule
         self.weights = (in_proj, gate_bias, *deltas)
-        self.sizes = tuple(len(delta) for delta in deltas)
-        self._found: tuple[list[tuple], dict] | None = None  # of the weights what `facts` compares; the facts
 
-    def facts(self) -> dict:
-        """Where backends note what they find out about the weights; empty once these are others."""
-        if self._found is not None:
-            for weight, address, dtype, shape, contiguous in self._found[0]:
-                if (
-                    weight.data_ptr() != address
-                    or weight.dtype is not dtype
-                    or weight.shape != shape
-                    or weight.is_contiguous() is not contiguous
-                ):
-                    break
-            else:
-                return self._found[1]
-        known = [(x, x.data_ptr(), x.dtype, x.shape, x.is_contiguous()) for x in self.weights]
-        self._found = known, {}  # both at once: other threads may be here too
-        return self._found[1]
+
+class Steps:
+    """The layers' weights, and what backends have found out about them.
+
+    Args:
+        layers: {layer: its `Step`}.
+    """
+
+    def __init__(self, layers: dict[int, Step]):
+        self.layers = layers
+        self._weights = [weight for step in layers.values() for weight in step.weights]
+        self._found: tuple[tuple, dict[int, dict]] | None = (
+            None  # what the weights were; what `facts` returns
+        )
+
+    def facts(self) -> dict[int, dict]:
+        """{layer: where backends note what they find out}; all empty once weights were moved or changed."""
+        weights, found = self._weights, self._found
+        now = (
+            [x.data_ptr() for x in weights],
+            [x.dtype for x in weights],
+            [x.shape for x in weights],
+            [x.is_contiguous() for x in weights],
+        )
+        if found is None or found[0] != now:
+            found = self._found = now, {layer: {} for layer in self.layers}  # at once: there may be threads
+        return found[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_found": None}  # of these weights, not of a copy's
@@ -65,7 +74,7 @@ class Token:
 
     Args:
         hidden: the first layer's input, [batch, 1, size], any floating dtype.
-        steps: {layer: its `Step`}.
+        steps: the layers' weights.
         states: {layer: its state}, as in `delta_mem.ops.advance`.
         writes, mask: as in `delta_mem.ops.advance`.
         segments, open_sums: under segment writes, instead of writes: the plan, and {layer: the sums that
@@ -79,7 +88,7 @@ class Token:
     def __init__(
         self,
         hidden: Tensor,
-        steps: dict[int, Step],
+        steps: Steps,
         states: dict[int, Tensor],
         writes: Tensor | None = None,
         mask: Tensor | None = None,
@@ -94,10 +103,11 @@ class Token:
         self._given = states, writes, mask, segments, open_sums  # kernels know addresses: these must stay
         if torch.is_grad_enabled() or not self._begin(hidden, writes, mask, segments):
             return
-        for layer, step in steps.items():
+        facts = steps.facts()
+        for layer, step in steps.layers.items():
             before = states[layer], None if segments is None else open_sums[layer]
             after = torch.empty_like(before[0]), None if segments is None else torch.empty_like(before[1])
-            prepared = self._prepare(step, before, after)
+            prepared = self._prepare(step, facts[layer], before, after)
             if prepared is not None:
                 self._layers[layer], self.after[layer] = prepared, after
 
@@ -123,18 +133,27 @@ class Token:
         raise NotImplementedError
 
     def _prepare(
-        self, step: Step, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+        self,
+        step: Step,
+        facts: dict,
+        before: tuple[Tensor, Tensor | None],
+        after: tuple[Tensor, Tensor | None],
     ) -> Any:
         """What a layer's call needs, before and after being (state, open sums); None if it is not taken."""
         raise NotImplementedError
 
-    def _room(self, sizes: tuple[int, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """Where corrections go, and the same without the first, which is added to an output.
+    def _room(self, sizes: tuple[int, ...]) -> tuple[tuple[Sequence[Tensor | None], ...], Any]:
+        """Where the corrections of heads of these sizes go, for all layers that have such.
 
-        The same for all layers whose heads have these sizes.
+        Returns:
+            They, and the same without the first, which is added to an output; what the kernels need of them.
         """
         room = self._rooms.get(sizes)
         if room is None:
-            corrections = [self._like.new_empty((*self.shape[:2], size)) for size in sizes]
-            room = self._rooms[sizes] = tuple(corrections), (None, *corrections[1:])
+            made = tuple([self._like.new_empty((*self.shape[:2], size)) for size in sizes])
+            room = self._rooms[sizes] = (made, (None, *made[1:])), self._at(made)
         return room
+
+    def _at(self, corrections: tuple[Tensor, ...]) -> Any:
+        """What the kernels need of the room for corrections."""
+        raise NotImplementedError

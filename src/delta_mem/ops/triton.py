@@ -116,19 +116,28 @@ class Token(steps.Token):
         return True
 
     def _prepare(
-        self, step: steps.Step, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+        self,
+        step: steps.Step,
+        facts: dict,
+        before: tuple[Tensor, Tensor | None],
+        after: tuple[Tensor, Tensor | None],
     ) -> tuple | None:
-        launches = step.facts()
-        launch = launches.get(self._key)
+        launch = facts.get(self._key)
         if launch is None:
             tensors = self._like, *step.packed, *before, *self._flags
-            launch = launches[self._key] = _step_fits(tensors, step.rule) and _Launch(tensors, step.rule)
-        if not launch or not _carried_fit(*before, self._like, step.rule):
+            launch = facts[self._key] = _step_fits(tensors, step.rule) and _Launch(
+                tensors, step.rule, step.scale
+            )
+        if not launch or not _carried_fit(*before, launch.carried, self.device):
             return None
-        given, after = (*launch.weights, *_addresses(before), *self._flags_at), _addresses(after)
-        room, in_place = self._room(step.sizes)
-        to = _addresses(room)
-        return launch, given, to, after, _bits((*given, to, *after)), (step.scale,), (room, in_place)
+        before, after = _addresses(before), _addresses(after)
+        room, (to, bits) = self._room(launch.sizes)
+        bits |= launch.bits | _bits(before) | _bits(after)
+        return launch, (*launch.weights, *before, *self._flags_at), to, after, bits, room
+
+    def _at(self, corrections: tuple[Tensor, ...]) -> tuple[tuple, int]:
+        to = _addresses(corrections)
+        return to, _bits(to) | _bits(self._flags_at)
 
     def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
         prepared = self._layers.get(layer)
@@ -139,7 +148,7 @@ class Token(steps.Token):
             or hidden.get_device() != self.device
         ):
             return None
-        launch, given, to, after, bits, scale, corrections = prepared
+        launch, given, to, after, bits, corrections = prepared
         hidden = hidden.contiguous()
         start = _address(hidden)
         in_place = (
@@ -153,7 +162,7 @@ class Token(steps.Token):
         if in_place:
             to = (_address(output), *to[1:])
         bits |= _bits((start, to[0]))
-        launch.kernels[in_place].launch(launch.grid, (start, *given, to, *after), scale, bits)
+        launch.kernels[in_place].launch(launch.grid, (start, *given, to, *after), launch.scale, bits)
         return corrections[in_place]
 
 
@@ -171,12 +180,13 @@ def recorded_token(
         return None
     flags = _flags(segments, writes, mask)
     fits = _step_fits((hidden, *step.packed, state, open_sum, *flags), step.rule)
-    if not (fits and _carried_fit(state, open_sum, hidden, step.rule)):
+    carried = state, open_sum, _carried(hidden.shape[0], step.rule), hidden.get_device()
+    if not (fits and _carried_fit(*carried)):
         return None
     *planned, writes, mask = flags
     carried = state, open_sum, [x for x in planned if x is not None]
     results = torch.ops.delta_mem.step(hidden, *step.packed, step.scale, *carried, *step.rule, writes, mask)
-    heads = len(step.sizes)
+    heads = len(step.packed[2])
     return results[:heads], results[heads], None if open_sum is None else results[heads + 1]
 
 
@@ -257,21 +267,25 @@ def _step_fits(tensors: tuple, rule: Rule) -> bool:
     )
 
 
-def _carried_fit(state: Tensor, open_sum: Tensor | None, hidden: Tensor, rule: Rule) -> bool:
+def _carried(batch: int, rule: Rule) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of what a layer carries from token to token: its state, and sums of what is written."""
+    width = rule.num_states * rule.rank
+    return (batch, rule.num_states, rule.rank, rule.rank), (batch, sum(rule.sections.values()) - width)
+
+
+def _carried_fit(state: Tensor, open_sum: Tensor | None, shapes: tuple, device: int) -> bool:
     """Whether a layer's state and sums are as the kernel of a token believes."""
-    batch, states, rank = hidden.shape[0], rule.num_states, rule.rank
-    sums = batch, sum(rule.sections.values()) - states * rank
-    return _is_plain_float32(state, (batch, states, rank, rank), hidden) and (
-        open_sum is None or _is_plain_float32(open_sum, sums, hidden)
+    return _is_plain_float32(state, shapes[0], device) and (
+        open_sum is None or _is_plain_float32(open_sum, shapes[1], device)
     )
 
 
-def _is_plain_float32(x: Tensor, shape: tuple[int, ...], like: Tensor) -> bool:
+def _is_plain_float32(x: Tensor, shape: tuple[int, ...], device: int) -> bool:
     return (
         type(x) in _PLAIN
         and x.dtype is torch.float32
         and x.shape == shape
-        and x.get_device() == like.get_device()
+        and x.get_device() == device
         and x.is_contiguous()
     )
 
@@ -515,17 +529,20 @@ class _Launch:
 
     Args:
         tensors: the kernel's inputs: hidden, in_proj, gate_bias, deltas, state, open_sum, …
+        rule, scale: see `steps.Step`.
 
     Attributes:
         kernels: two, of which the second corrects the first head in place.
-        first: numbers in the first head's output.
-        weights: addresses of in_proj, gate_bias and deltas.
+        sizes: of the heads; `first`: numbers in the first head's output.
+        weights: addresses of in_proj, gate_bias and deltas; `bits`: of these.
+        carried: the shapes of the layer's state and sums.
+        scale: as the kernel takes it.
     """
 
-    def __init__(self, tensors: tuple, rule: Rule):
+    def __init__(self, tensors: tuple, rule: Rule, scale: float):
         hidden, in_proj, gate_bias, deltas, state, open_sum, *_ = tensors
         batch, _, size = hidden.shape
-        sizes = tuple(len(delta) for delta in deltas)
+        sizes = self.sizes = tuple(len(delta) for delta in deltas)
         self.first = batch * sizes[0]
         R = _cut(batch, rule.num_states, rule.rank).padded
         padded = 1 << (rule.num_states - 1).bit_length()
@@ -539,7 +556,8 @@ class _Launch:
             _kernel(kernels.step, (*tensors, *results), (*constants, in_place, *cut), {"num_warps": warps})
             for in_place in (False, True)
         ]
-        self.weights = _addresses((in_proj, gate_bias, deltas))
+        self.weights, self.scale = _addresses((in_proj, gate_bias, deltas)), (scale,)
+        self.bits, self.carried = _bits(self.weights), _carried(batch, rule)
 
 
 def _step_cut(batch: int, queries: int) -> tuple[int, int, int, int, int]:
@@ -777,10 +795,10 @@ def _step(
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
     to = tuple(hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas)
     after = torch.empty_like(state), None if open_sum is None else torch.empty_like(open_sum)
-    launch, hidden = _Launch(tensors, rule), hidden.contiguous()
+    launch, hidden = _Launch(tensors, rule, scale), hidden.contiguous()
     before = [x if x is None else x.contiguous() for x in tensors[4:]]
     addresses = _address(hidden), *launch.weights, *_addresses((*before, to, *after))
-    launch.kernels[False].launch(launch.grid, addresses, (scale,), _bits(addresses))
+    launch.kernels[False].launch(launch.grid, addresses, launch.scale, _bits(addresses))
     return [*to, *[x for x in after if x is not None]]
 
 
