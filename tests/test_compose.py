@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import StaticCache
 
 import delta_mem as dm
 from delta_mem.backbones import CALL
@@ -188,6 +189,22 @@ def test_the_decode_step_compiles_into_one_graph_for_all_memories(config):
             torch.testing.assert_close(compiled.layers[index], state, atol=1e-5, rtol=1e-5)
         assert compiled.tokens_written.tolist() == [20, 20]
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("config", [TOKEN, MESSAGE], ids=["token", "message"])
+def test_a_forward_compiled_within_its_hooks(config):
+    """As `generate` compiles it: the call is laid down outside of what is compiled."""
+    expected_model, model = seeded(backbone("qwen3"), config), seeded(backbone("qwen3"), config)
+    model.backbone.forward = torch.compile(model.backbone.forward, backend="aot_eager", fullgraph=True)
+    outputs = []
+    for each in (expected_model, model):
+        memory = each.new_memory()
+        cache = StaticCache(each.config, max_cache_len=8)
+        options = dict(memory=memory, past_key_values=cache, use_cache=True, keep_segment_open=True)
+        with torch.no_grad():
+            logits = [each(token, **options).logits for token in IDS[:1, :4].split(1, 1)]
+        outputs.append((torch.cat(logits, 1), memory))
+    same(outputs[1], outputs[0])
 
 
 def test_deepcopy_is_independent():

@@ -109,9 +109,10 @@ class _Here(threading.local):
         reading: that of the attention module.
     """
 
-    call: MemoryCall | None = None
-    outer: MemoryCall | None = None
-    reading: Reading | None = None
+    def __init__(self) -> None:  # no defaults in the class: torch.compile would look no further
+        self.call: MemoryCall | None = None
+        self.outer: MemoryCall | None = None
+        self.reading: Reading | None = None
 
 
 _here = _Here()
@@ -318,7 +319,6 @@ class MemoryCall:
         # Of a token that nobody looks into, nothing but corrections and states is needed.
         watched = keep_inputs or trace is not None or torch.is_grad_enabled()
         self.one_token = shape[1] == 1 and not watched
-        self.recorded = torch.compiler.is_compiling()
         self.token: ops.Token | None = None  # see _token_for
         self.tokens: dict[tuple, ops.Token] = {}
         self.gates: dict[int, Tensor] = {}
@@ -343,7 +343,7 @@ class MemoryCall:
         """
         if not self.one_token:
             return None
-        if self.recorded:
+        if torch.compiler.is_compiling():
             return self._step_recorded(index, hidden)
         token = self.token
         if token is None or hidden.get_device() != token.device or hidden.dtype is not token.dtype:
