@@ -264,6 +264,15 @@ def test_a_forward_that_fails_changes_nothing_and_leaves_no_reading_behind():
         assert torch.equal(frozen(IDS).logits, expected)
 
 
+def test_a_forward_within_a_forward():
+    model, inner = seeded(backbone("qwen3")), seeded(backbone("llama"))
+    expected, expected_inner, found = run(model), run(inner), []
+    mlp = model.backbone.model.layers[1].mlp
+    mlp.register_forward_hook(lambda *_: found.append(run(inner)))
+    same(run(model), expected)
+    same(found[0], expected_inner)
+
+
 def test_nothing_outside_attention_finds_a_reading():
     model = seeded(backbone("qwen3"))
     projection = model.backbone.model.layers[-1].self_attn.o_proj

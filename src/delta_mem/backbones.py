@@ -475,16 +475,11 @@ def _is_recorded(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def enter(call: MemoryCall | None) -> None:
-    """Lays a forward pass down for this thread; None: nobody may find what an earlier one left."""
+def enter(call: MemoryCall | None) -> MemoryCall | None:
+    """Lays a forward pass down for this thread, or none; returns what lay there before."""
+    before = _here.call
     _here.call, _here.reading = call, None
-
-
-def leave() -> MemoryCall | None:
-    """Clears this thread's forward pass away, and returns it."""
-    call = _here.call
-    enter(None)
-    return call
+    return before
 
 
 def before_attention(

@@ -21,7 +21,7 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStri
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 
-from .backbones import CALL, Coupling, MemoryCall, causal_lm, enter, leave
+from .backbones import CALL, Coupling, MemoryCall, causal_lm, enter
 from .errors import UnsupportedBackboneError
 from .state import MemoryState
 
@@ -194,7 +194,7 @@ def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
 
 def after_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Hook on the causal LM: what the layers left becomes the memory's."""
-    call = leave()
+    call = enter(None)
     if call is None:
         return
     call.commit()
@@ -310,10 +310,11 @@ def generate(
         final.append(_of_hypotheses(layer.history, output.beam_indices))
         return output if returns_dict else output.sequences
 
+    outer = enter(None)
     try:
         output = backbone.generate(inputs, custom_generate=decode, **kwargs)
     finally:
-        enter(None)
+        enter(outer)  # also where a forward failed, and cleared nothing away
     return output, final[0]
 
 

@@ -314,6 +314,7 @@ class DeltaMemModel(nn.Module):
             _read_open(keep_segment_open, shape[0], device),
             trace=trace,
         )
+        outer = enter(None)
         try:
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call})
         except IndexError:
@@ -321,7 +322,7 @@ class DeltaMemModel(nn.Module):
                 self._check_ids(input_ids)
             raise
         finally:
-            enter(None)
+            enter(outer)  # also where the forward failed, and cleared nothing away
 
     def write(
         self,

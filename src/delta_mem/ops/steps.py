@@ -46,9 +46,7 @@ class Steps:
     def __init__(self, layers: dict[int, Step]):
         self.layers = layers
         self._weights = [weight for step in layers.values() for weight in step.weights]
-        self._found: tuple[tuple, dict[int, dict]] | None = (
-            None  # what the weights were; what `facts` returns
-        )
+        self._found: tuple[tuple, dict[int, dict]] | None = None  # what the weights were; the facts
 
     def facts(self) -> dict[int, dict]:
         """{layer: where backends note what they find out}; all empty once weights were moved or changed."""

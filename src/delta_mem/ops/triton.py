@@ -125,9 +125,8 @@ class Token(steps.Token):
         launch = facts.get(self._key)
         if launch is None:
             tensors = self._like, *step.packed, *before, *self._flags
-            launch = facts[self._key] = _step_fits(tensors, step.rule) and _Launch(
-                tensors, step.rule, step.scale
-            )
+            fits = _step_fits(tensors, step.rule)
+            launch = facts[self._key] = fits and _Launch(tensors, step.rule, step.scale)
         if not launch or not _carried_fit(*before, launch.carried, self.device):
             return None
         before, after = _addresses(before), _addresses(after)
