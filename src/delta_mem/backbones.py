@@ -1,21 +1,21 @@
 """Where the projections are in each model family, and the hooks that couple a memory to them.
 
-The backbone is only hooked, never rewritten. One pair of hooks on the causal LM, and in each layer some on
-the attention module's projections:
+The backbone is only hooked, never rewritten. One pair of hooks on the causal LM, and in each layer:
 
-* causal LM, before: lays down, for this thread, the `MemoryCall` that it was given, or starts that of a cache
-  which carries a memory (`generation.MemoryLayer`).
+* causal LM, before: a cache that carries a memory (`generation.MemoryLayer`) starts a `MemoryCall`.
 * causal LM, after: the call's new states become the memory's.
-* each corrected projection, after: adds its correction. The query projection comes first, and its input is
-  the attention's: it has the layer read and write, and lays down the `Reading` for those that follow. For one
-  token in decoding one kernel does all that, this projection's correction included. The output projection
-  comes last and clears the reading away.
+* attention, before: takes the call out of the keywords, reads and writes the layer's state, and lays
+  the reading down for this thread.
+* each corrected projection, after: picks the reading up and adds its correction. The output projection
+  comes last and clears it away; where it is not corrected, a hook after attention does.
 
-Gradient checkpointing runs layers a second time, later and perhaps in another thread, where no call lies.
-So where gradients are wanted the call also travels as one extra keyword, which `transformers` hands on from
-the causal LM to every attention module; hooks on these lay it down anew. They cost time in decoding: they are
-put on when gradients are first wanted, or at once where projections alone will not do, because the query or
-the output projection is not corrected, or the former is not given the attention's own input.
+When one token is decoded, reading and writing wait for the first corrected projection: from its hook one
+kernel does all that is left to do, this projection's correction included. What is the same for all layers is
+found out at the first (`ops.Token`).
+
+A call travels as one extra keyword, which `transformers` hands on from the causal LM to every attention
+module: unlike a context variable it survives checkpointing, compilation and threads. Only the last step,
+from an attention module to its own projections, needs a thread-local, for projections get no keywords.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ CALL = "delta_mem_call"  # the keyword that carries a MemoryCall
 class Reading:
     """What the projections of the attention module that a thread is in are to be corrected by.
 
-    Nothing is read before the first projection asks: of a single token one kernel then does it all, that
-    projection's correction included.
+    Made before attention; read there, but of a single token only when the first projection asks: then one
+    kernel does it all, that projection's correction included.
 
     Attributes:
         place: a number of the attention module's hooks, which no others have.
@@ -78,7 +78,7 @@ class Reading:
             in_place: may write to `output`.
         """
         call, index, reads, corrections = self.call, self.index, self.reads, self.corrections
-        waited = reads is None and corrections is None
+        waited = self.waits
         if waited:
             offered = output if in_place and number == 0 else None
             self.corrections = corrections = call.step(index, self.hidden, offered)
@@ -100,23 +100,22 @@ class Reading:
         return call.adapters[index].correct(head, reads, output, in_place)
 
 
-class _Here(threading.local):
-    """Where this thread is.
+class _Now:
+    """`reading`: that of the attention module that this thread is in."""
 
-    Attributes:
-        call: the forward pass.
-        outer: what `call` was before the attention module that brought its own.
-        reading: that of the attention module.
-    """
-
-    def __init__(self) -> None:  # no defaults in the class: torch.compile would look no further
-        self.call: MemoryCall | None = None
-        self.outer: MemoryCall | None = None
+    def __init__(self) -> None:
         self.reading: Reading | None = None
 
 
+class _Here(threading.local):
+    """`now`: where this thread is. What is set on an object behind it, a graph of torch.compile sets, too."""
+
+    def __init__(self) -> None:
+        self.now = _Now()
+
+
 _here = _Here()
-_numbers = itertools.count()  # for `Reading.place`, and `MemoryCall.owner`
+_places = itertools.count()  # numbers for `Reading.place`
 
 
 # ---- finding the projections -------------------------------------------------------------------
@@ -305,9 +304,8 @@ class MemoryCall:
         keep_inputs: bool = False,
         trace: MemoryTrace | None = None,
     ):
-        self.coupling, self.adapters, self.owner = coupling, coupling.adapters, coupling.number
+        self.coupling, self.adapters = coupling, coupling.adapters
         self.memory, self.shape = memory, shape
-        self.by_keyword = coupling.listens and torch.is_grad_enabled()
         self.plan: WritePlan = plan_writes(memory, shape, mask, write, segment_ids, keep_segment_open)
         self.moved: dict[torch.device, WritePlan] = {}  # the plan on other devices
         self.states = dict(memory.layers)
@@ -341,8 +339,6 @@ class MemoryCall:
         Returns:
             The corrections of the adapter's heads, the first None if `output` has been corrected.
         """
-        if not self.one_token:
-            return None
         if torch.compiler.is_compiling():
             return self._step_recorded(index, hidden)
         token = self.token
@@ -475,69 +471,52 @@ def _is_recorded(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def enter(call: MemoryCall | None) -> MemoryCall | None:
-    """Lays a forward pass down for this thread, or none; returns what lay there before."""
-    before = _here.call
-    _here.call, _here.reading = call, None
-    return before
+def forget_reading() -> None:
+    """After a forward, also one that failed inside an attention module: nobody may find its reading."""
+    _here.now.reading = None
 
 
 def before_attention(
     place: int, index: int, module: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
-    """Lays down the call that came as a keyword, and the reading of a layer that has a memory."""
-    call = _here.outer = _here.call
-    call = _here.call = kwargs.pop(CALL, call)
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    has_memory = call is not None and index in call.adapters
-    _here.reading = Reading(place, index, call, hidden) if has_memory else None
+    """Takes the call out of the keywords, and lays down the reading of a layer that has a memory."""
+    call, reading = kwargs.pop(CALL, None), None
+    if call is not None and index in call.adapters:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        reading = Reading(place, index, call, hidden)
+        if not call.one_token:
+            reading.read()
+    _here.now.reading = reading
     return args, kwargs
 
 
 def after_attention(module: nn.Module, args: tuple, output: Any) -> None:
-    """Clears away what was laid down before."""
-    reading = _here.reading
-    _here.call, _here.outer, _here.reading = _here.outer, None, None
+    """Ends a reading where no hook on the output projection does."""
+    reading = _here.now.reading
+    _here.now.reading = None
     if output is not None and reading is not None and reading.waits:
         reading.read()  # no projection asked for the token, which is written all the same
 
 
-def _reading(owner: int, place: int, index: int, head: str, args: tuple) -> Reading | None:
-    """What a projection is to be corrected by, if there is a call; begun by the first that asks."""
-    reading = _here.reading
-    if reading is not None and reading.place == place:
-        return reading
-    call = _here.call
-    if call is None or call.owner != owner or head == "o":  # another model's call; not the attention's input
-        return None
-    reading = _here.reading = Reading(place, index, call, args[0])
-    return reading
-
-
 def after_projection(
-    owner: int, place: int, index: int, number: int, head: str, module: nn.Module, args: tuple, output: Tensor
+    place: int, number: int, head: str, module: nn.Module, args: tuple, output: Tensor
 ) -> Tensor:
     """Corrects a projection that is the adapter's head of that number, and nothing else."""
-    reading = _reading(owner, place, index, head, args)
-    if reading is None:
+    now = _here.now
+    reading = now.reading
+    if reading is None or reading.place != place:  # another model's may share the projection
         return output
     if head == "o":
-        _here.reading = None
+        now.reading = None
     return reading.correct(number, head, output, _may_change(module))
 
 
 def after_packed_projection(
-    owner: int,
-    place: int,
-    index: int,
-    parts: tuple[tuple[int, str, View], ...],
-    module: nn.Module,
-    args: tuple,
-    output: Tensor,
+    place: int, parts: tuple[tuple[int, str, View], ...], module: nn.Module, args: tuple, output: Tensor
 ) -> Tensor:
     """Corrects the heads (number, name, view) of a projection of several."""
-    reading = _reading(owner, place, index, parts[0][1], args)
-    if reading is None:
+    reading = _here.now.reading
+    if reading is None or reading.place != place:  # another model's may share the projection
         return output
     if not _may_change(module):
         output = output.clone()
@@ -558,53 +537,42 @@ class Coupling:
     The hooks are functions of few constants: torch.compile guards all that it sees them look at.
 
     Args:
-        layers: {index: attention module} of the backbone.
-        adapters: {index: DeltaMemory} of those that have a memory.
+        layers: {index: attention module} of the backbone. Those without a memory only have the call taken out
+            of their keywords.
+        adapters: {index: DeltaMemory} of those that have one.
         heads: whose projections are corrected, in the adapters' order.
-
-    Attributes:
-        number: no other coupling's.
-        listens: whether the attention modules have hooks that take a call from their keywords.
     """
 
     def __init__(
         self, layers: dict[int, AttentionLayer], adapters: dict[int, DeltaMemory], heads: tuple[str, ...]
     ):
-        self.layers, self.adapters, self.heads = layers, adapters, heads
-        self.number, self.listens = next(_numbers), False
-        self.handles: list[Any] = []
-        self._steps: tuple[list[nn.Parameter], ops.Steps] | None = None
-        self._places = {index: next(_numbers) for index in layers}
-        # (layer's index, its modules beside the projection, the projection's name, the projection)
-        self._hooked: list[tuple[int, dict, str, nn.Module]] = []
-        for index in adapters:
-            self._hook_projections(layers[index])
+        self.adapters = adapters
+        self._handles: list[Any] = []
+        # (layer's index, the modules beside a projection, its name, the projection)
+        self._hooked: list[tuple[int, dict[str, nn.Module], str, nn.Module]] = []
+        self._steps: tuple[list[nn.Parameter], ops.Steps] | None = None  # see `steps`
+        for index, layer in layers.items():
+            self._attach(layer, heads if index in adapters else ())
 
-    def _hook_projections(self, layer: AttentionLayer) -> None:
+    def _attach(self, layer: AttentionLayer, heads: tuple[str, ...]) -> None:
+        attention, place = layer.module, next(_places)
+        before = partial(before_attention, place, layer.index)
+        self._handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+        if heads and "o" not in heads:
+            # Always: checkpointing ends a second forward by an exception.
+            self._handles.append(attention.register_forward_hook(after_attention, always_call=True))
         by_path: dict[str, list[tuple[int, str, View]]] = {}
-        for number, head in enumerate(self.heads):
+        for number, head in enumerate(heads):
             slot = layer.slots[head]
             by_path.setdefault(slot.path, []).append((number, head, slot.view))
-        where = self.number, self._places[layer.index], layer.index
         for path, parts in by_path.items():
             parent, _, name = path.rpartition(".")
-            module = layer.module.get_submodule(path)
-            self._hooked.append((layer.index, layer.module.get_submodule(parent)._modules, name, module))
-            hook = partial(after_packed_projection, *where, tuple(parts))
+            module = attention.get_submodule(path)
+            self._hooked.append((layer.index, attention.get_submodule(parent)._modules, name, module))
+            hook = partial(after_packed_projection, place, tuple(parts))
             if parts[0][2] is _whole:
-                hook = partial(after_projection, *where, *parts[0][:2])
-            self.handles.append(module.register_forward_hook(hook))
-
-    def listen(self) -> None:
-        """Puts hooks on all attention modules, that take the call out of the keywords."""
-        if self.listens:
-            return
-        self.listens = True
-        for index, layer in self.layers.items():
-            before = partial(before_attention, self._places[index], index)
-            self.handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
-            # Always: checkpointing ends a second forward by an exception.
-            self.handles.append(layer.module.register_forward_hook(after_attention, always_call=True))
+                hook = partial(after_projection, place, *parts[0][:2])
+            self._handles.append(module.register_forward_hook(hook))
 
     def steps(self) -> ops.Steps:
         """The weights as an `ops.Token` takes them; those that the adapters have now."""
@@ -625,48 +593,37 @@ class Coupling:
 
     def detach(self) -> None:
         """Takes all hooks off."""
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
-        self.handles = []
+        self._handles = []
 
 
 class _Reached(Exception):
-    """Ends the probe of `reach`."""
+    """Ends the probe of `keywords_arrive`; carries whether the keyword did."""
 
 
-def reach(model: nn.Module, layer: AttentionLayer) -> tuple[bool, bool]:
-    """Sends one token up to an attention module, to see how a call gets there.
+def keywords_arrive(model: nn.Module, attention: nn.Module) -> bool:
+    """Whether the model hands extra keywords on to its attention modules: sends one token as far as this one.
 
-    Returns:
-        Whether extra keywords arrive at the attention module, and whether its query projection is given what
-        the module itself is given. The first is taken for granted of a model that is on the meta device.
+    Taken for granted of a model that is on the meta device.
     """
     embeddings = model.get_input_embeddings().weight
     if embeddings.device.type == "meta":
-        return True, False
-    found = {"keyword": False, "input": False}
+        return True
 
-    def at_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        found["keyword"] = CALL in kwargs
-        found["hidden"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return args, {name: value for name, value in kwargs.items() if name != CALL}
+    def arrived(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Reached(CALL in kwargs)
 
-    def at_query(module: nn.Module, args: tuple) -> None:
-        found["input"] = bool(args) and args[0] is found.get("hidden")
-        raise _Reached
-
-    query = layer.module.get_submodule(layer.slots["q"].path)
-    handles = [
-        layer.module.register_forward_pre_hook(at_attention, with_kwargs=True),
-        query.register_forward_pre_hook(at_query),
-    ]
+    # Prepended: it must look before another model's hook, which takes the call out.
+    handle = attention.register_forward_pre_hook(arrived, with_kwargs=True, prepend=True)
     try:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=embeddings.device)
         with torch.no_grad():
             model(input_ids=ids, use_cache=False, **{CALL: None})
-    except (_Reached, TypeError):  # a TypeError of a model that takes no such keyword
-        pass
+    except _Reached as probe:
+        return probe.args[0]
+    except TypeError:
+        return False
     finally:
-        for handle in handles:
-            handle.remove()
-    return found["keyword"], found["input"]
+        handle.remove()
+    return False

@@ -21,7 +21,7 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStri
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMode
 
-from .backbones import CALL, Coupling, MemoryCall, causal_lm, enter
+from .backbones import CALL, Coupling, MemoryCall, causal_lm, forget_reading
 from .errors import UnsupportedBackboneError
 from .state import MemoryState
 
@@ -181,20 +181,18 @@ def memory_layer(cache: Any) -> MemoryLayer | None:
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Hook on the causal LM: lays down the call that it was given, or starts one for the cache's memory."""
-    call, layer = kwargs.get(CALL), memory_layer(kwargs.get("past_key_values"))
-    if call is None and layer is not None:
-        ids = kwargs.get("input_ids")
-        call = layer.start_call((kwargs["inputs_embeds"] if ids is None else ids).shape[1])
-    enter(call)
-    if call is None or call.by_keyword:
+    """Hook on the causal LM: a memory in the cache starts a call."""
+    layer = memory_layer(kwargs.get("past_key_values"))
+    if layer is None or CALL in kwargs:
         return None
-    return args, {name: value for name, value in kwargs.items() if name != CALL}
+    ids = kwargs.get("input_ids")
+    tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+    return args, {**kwargs, CALL: layer.start_call(tokens)}
 
 
 def after_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Hook on the causal LM: what the layers left becomes the memory's."""
-    call = enter(None)
+    call = kwargs.get(CALL)
     if call is None:
         return
     call.commit()
@@ -310,11 +308,10 @@ def generate(
         final.append(_of_hypotheses(layer.history, output.beam_indices))
         return output if returns_dict else output.sequences
 
-    outer = enter(None)
     try:
         output = backbone.generate(inputs, custom_generate=decode, **kwargs)
     finally:
-        enter(outer)  # also where a forward failed, and cleared nothing away
+        forget_reading()
     return output, final[0]
 
 

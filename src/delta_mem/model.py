@@ -28,11 +28,11 @@ from .backbones import (
     MemoryCall,
     causal_lm,
     device_of,
-    enter,
     find_attention_layers,
     first_columns,
+    forget_reading,
     head_sizes,
-    reach,
+    keywords_arrive,
 )
 from .config import DeltaMemConfig
 from .errors import IncompatibleMemoryError, UnsupportedBackboneError
@@ -78,17 +78,14 @@ class DeltaMemModel(nn.Module):
             for index, layer in found.items()
             if config.layers is None or index in config.layers
         }
-        arrives, direct = reach(model, found[next(iter(adapters))])
-        kinds = {type(found[index].module).__name__ for index in adapters}
-        if not arrives:
+        attention = found[next(iter(adapters))].module
+        if not keywords_arrive(model, attention):
             raise UnsupportedBackboneError(
                 f"{type(model).__name__} does not hand keyword arguments on to its attention modules "
-                f"({', '.join(kinds)}), so no memory can reach them."
+                f"({type(attention).__name__}), so no memory can reach them."
             )
         self.adapters = nn.ModuleDict({str(index): adapter for index, adapter in adapters.items()})
         self._coupling = Coupling(found, adapters, config.heads)
-        if not direct or len(kinds) > 1 or not {"q", "o"}.issubset(config.heads):
-            self._coupling.listen()
         self.backbone = backbone
         self.train(backbone.training)
         self._enabled, self._attached = True, True
@@ -185,8 +182,6 @@ class DeltaMemModel(nn.Module):
     def train(self, mode: bool = True) -> DeltaMemModel:
         """As `nn.Module.train`. The fingerprint is computed anew: weights may have been changed unseen."""
         self._fingerprint = None
-        if mode:
-            self._coupling.listen()  # checkpointing will ask
         return super().train(mode)
 
     def named_weights(self) -> dict[str, Tensor]:
@@ -302,7 +297,6 @@ class DeltaMemModel(nn.Module):
         self.check_memory(memory, shape[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_checkpointing(self.backbone)
-            self._coupling.listen()
         device = memory.tokens_written.device
         call = MemoryCall(
             self._coupling,
@@ -314,7 +308,6 @@ class DeltaMemModel(nn.Module):
             _read_open(keep_segment_open, shape[0], device),
             trace=trace,
         )
-        outer = enter(None)
         try:
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call})
         except IndexError:
@@ -322,7 +315,7 @@ class DeltaMemModel(nn.Module):
                 self._check_ids(input_ids)
             raise
         finally:
-            enter(outer)  # also where the forward failed, and cleared nothing away
+            forget_reading()
 
     def write(
         self,

@@ -8,10 +8,10 @@ vectors, and half of them take a thread as long as all.
 The backward pass computes the states again, from marks that the forward pass leaves every 64 tokens.
 
 For inference there is a compiled call for each thing that a layer does: `advance` and `advance_segments`
-XX token from the layer's input to the corrections
-of its projections. In decoding the processor's caches are full of the model's weights,
-and what costs is not arithmetic but to start an operation: several times what it takes when nothing else
-runs. So few calls, few checks.
+take it from its projections to its reads, a `Token` from the layer's input to the corrections of its
+projections. In decoding the processor's caches are full of the model's weights, and what costs is not
+arithmetic but to start an operation: several times what it takes when nothing else runs. So few calls, few
+checks.
 
 The threads are Python's, in kernels that release the GIL. numba's own parallel loops would not do: the
 threads that it always has abort the process when two Python threads enter at once, and those of OpenMP
@@ -147,6 +147,7 @@ class Token(steps.Token):
             or _watched()
             or not 0 < batch <= FEW
             or hidden.shape[1] != 1
+            or hidden.dtype is not torch.float32
             or not (writes is None or _are_flags(writes, batch, 1))
             or not (mask is None or _are_flags(mask, batch, 1))
             or not isinstance(_load(), ModuleType)
@@ -228,7 +229,6 @@ def _find_out(step: steps.Step) -> SimpleNamespace | None:
         state=(states, rank, rank),
         size=in_proj.shape[1],
         sizes=tuple(len(delta) for delta in deltas),
-        absent=absent,
         layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
         kernels={},
     )

@@ -37,7 +37,7 @@ class Step:
 
 
 class Steps:
-    """The layers' weights, and what backends have found out about them.
+    """The layers' weights, and what backends have found out about them, as long as these are what they were.
 
     Args:
         layers: {layer: its `Step`}.
@@ -46,7 +46,7 @@ class Steps:
     def __init__(self, layers: dict[int, Step]):
         self.layers = layers
         self._weights = [weight for step in layers.values() for weight in step.weights]
-        self._found: tuple[tuple, dict[int, dict]] | None = None  # what the weights were; the facts
+        self._found: tuple[tuple, dict[int, dict]] | None = None  # of the weights what is compared; facts
 
     def facts(self) -> dict[int, dict]:
         """{layer: where backends note what they find out}; all empty once weights were moved or changed."""
@@ -68,7 +68,8 @@ class Steps:
 class Token:
     """One token's way through the layers of a model that are on one device, for inference.
 
-    Begun at the first layer, then called with each layer's number. Each backend has a class of its own.
+    Begun at the first layer, then called with each layer's number. Until the last, weights and states must
+    stay where they are. Each backend has a class of its own.
 
     Args:
         hidden: the first layer's input, [batch, 1, size], any floating dtype.
@@ -79,8 +80,8 @@ class Token:
             `delta_mem.ops.advance_segments` takes}.
 
     Attributes:
-        after: {layer: (its state after the token, the sums of the segments left open or None)}, once the
-            layer was called. One that no kernel takes is not there.
+        after: {layer: (its state after the token, the sums of the segments left open or None)}. They are
+            filled when the layer is called; one that no kernel takes is not there.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MAX_RANK = 64
 
-# Queries of all batch rows up to which a `Step` pays. It loads weights again for each row: beyond, matrix
+# Queries of all batch rows up to which a `Token` pays. It loads weights again for each row: beyond, matrix
 # products do better.
 MAX_QUERIES = 512
 
