@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from transformers import StaticCache
 
+import delta_mem as dm
 from delta_mem import ops
 from delta_mem.ops import Rule, delta_rule, steps
 from delta_mem.ops import triton as backend
+from families import backbone
 from test_ops import RULES, assert_close, exact, example, gradients, stream
 
 GPU = torch.cuda.is_available()
@@ -551,6 +554,37 @@ def test_compiles_without_graph_breaks(chunks_of):
         (first, second), after = step(hidden, weight, bias, deltas, 2.0, state, rule)
         assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, writes, None))
         assert_close(compiled(recorded)(hidden, weight, bias, state), (first, second, after))
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ("qwen3", "phi3"))
+@pytest.mark.parametrize("write", ("token", "message"))
+def test_a_model_decodes_as_it_reads_compiled_or_not(write, family, monkeypatch):
+    torch._dynamo.reset()
+    config = dm.DeltaMemConfig(write=write, init="random", init_gain=0.5)
+    model = dm.DeltaMemModel(backbone(family, num_hidden_layers=2).to(DEVICE), config)
+    ids = torch.randint(3, 100, (1, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    segments = torch.tensor([[0, 0, 1, 1, 1]], device=DEVICE)
+    options = dict(use_cache=True, keep_segment_open=True)
+    launches, launch = [], backend._Kernel.launch
+
+    def counted(self, *args):
+        launches.append(self.kernel.__name__)
+        launch(self, *args)
+
+    monkeypatch.setattr(backend._Kernel, "launch", counted)
+    with torch.no_grad():
+        memory = model.new_memory()
+        whole = model(ids, memory=memory, segment_ids=segments, **options).logits
+        for step in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            one_by_one, cache, logits = model.new_memory(), StaticCache(model.config, max_cache_len=8), []
+            launches.clear()
+            for token, segment in zip(ids.split(1, 1), segments.split(1, 1), strict=True):
+                given = dict(memory=one_by_one, segment_ids=segment, past_key_values=cache, **options)
+                logits.append(step(token, **given).logits)
+            assert launches.count("step") == 2 * 5
+            assert_close((torch.cat(logits, 1),), (whole,), tolerance=1e-4)
+            assert_close(tuple(one_by_one.layers.values()), tuple(memory.layers.values()), tolerance=1e-4)
 
 
 @needs_kernels
