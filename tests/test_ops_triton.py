@@ -479,6 +479,9 @@ def test_what_does_not_fit_is_left_to_others():
     assert one(weight=weight[:15]) is None
     assert one(bias=bias[:3]) is None
     assert one(state=state.double()) is None
+    own = steps.Steps({3: steps.Step(weight, bias, deltas, 1.0, rule)})
+    assert take(own, token, state.double()) is None
+    assert take(own, token, state) is not None  # the wrong one is not held against it
     assert one(deltas=()) is None
     assert one(deltas=(deltas[0][:, 1:],)) is None
     assert one(deltas=(deltas[0], deltas[1].double())) is None

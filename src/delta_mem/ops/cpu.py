@@ -55,8 +55,6 @@ FEW = 4
 # Corrected projections of one layer, at most: q, k, v, o.
 MAX_HEADS = 4
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
 
 def usable(tensors: Sequence[Tensor], rank: int) -> bool:
     """Whether `backend="auto"` may take this backend.
@@ -69,7 +67,7 @@ def usable(tensors: Sequence[Tensor], rank: int) -> bool:
         not is_compiling()
         and tensors[0].is_cpu
         and rank <= MAX_RANK
-        and _PLAIN.issuperset(map(type, tensors))
+        and steps.PLAIN.issuperset(map(type, tensors))
         and not _watched()
         and isinstance(_load(), ModuleType)
     )
@@ -143,14 +141,12 @@ class Token(steps.Token):
     ) -> bool:
         batch = hidden.shape[0] if hidden.ndim == 3 else 0
         if (
-            is_compiling()
-            or _watched()
+            not usable((hidden,), 0)
             or not 0 < batch <= FEW
             or hidden.shape[1] != 1
             or hidden.dtype is not torch.float32
             or not (writes is None or _are_flags(writes, batch, 1))
             or not (mask is None or _are_flags(mask, batch, 1))
-            or not isinstance(_load(), ModuleType)
         ):
             return False
         self._name = "step"
@@ -163,27 +159,16 @@ class Token(steps.Token):
         return True
 
     def _prepare(
-        self,
-        step: steps.Step,
-        facts: dict,
-        before: tuple[Tensor, Tensor | None],
-        after: tuple[Tensor, Tensor | None],
+        self, step: steps.Step, facts: dict, before: steps.Carried, after: steps.Carried
     ) -> tuple | None:
         (state, open_sum), (state_after, sum_after) = before, after
         if "cpu" not in facts:
             facts["cpu"] = _find_out(step)
         facts = facts["cpu"]
-        if (
-            facts is None
-            or self.shape[2] != facts.size
-            or state.shape != (self.shape[0], *facts.state)
-            or not _is_plain_float32(state)
-        ):
+        if facts is None or self.shape[2] != facts.size:
             return None
         given = state.data_ptr(), state_after.data_ptr(), *self._by_row
         if open_sum is not None:
-            if open_sum.shape != (self.shape[0], facts.written) or not _is_plain_float32(open_sum):
-                return None
             given += sum_after.data_ptr(), open_sum.data_ptr(), *self._plan
         kernel = facts.kernels.get(self._name)
         if kernel is None:  # not both at once: to compile takes seconds
@@ -225,8 +210,6 @@ def _find_out(step: steps.Step) -> SimpleNamespace | None:
     heads = [number for delta in deltas for number in (delta.data_ptr(), len(delta))]
     fixed = in_proj.data_ptr(), gate_bias.data_ptr(), *flags, states, in_proj.shape[1]
     return SimpleNamespace(
-        written=features - states * rank,
-        state=(states, rank, rank),
         size=in_proj.shape[1],
         sizes=tuple(len(delta) for delta in deltas),
         layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
@@ -429,7 +412,7 @@ def _by_row(flags: Tensor | None) -> tuple[int, int]:
 
 
 def _is_plain_float32(x: Tensor) -> bool:
-    return type(x) in _PLAIN and x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
+    return type(x) in steps.PLAIN and x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
 
 
 def _view(x: Tensor) -> tuple[int, ...]:

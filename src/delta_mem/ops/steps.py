@@ -8,6 +8,7 @@ of which each then does little more than start its kernel.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from .activation import Rule
 from .segments import SegmentPlan
+
+Carried = tuple[Tensor, Tensor | None]  # from token to token: a state, and the sums of open segments
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter})  # types of tensors whose memory is all there is to them
 
 
 class Step:
@@ -34,6 +39,22 @@ class Step:
     ):
         self.packed, self.scale, self.rule = (in_proj, gate_bias, deltas), scale, rule
         self.weights = (in_proj, gate_bias, *deltas)
+        states, rank = rule.num_states, rule.rank
+        self._carried = (states, rank, rank), (sum(rule.sections.values()) - states * rank,)
+
+    def fits(self, carried: Carried, batch: int, device: int) -> bool:
+        """Whether state and sums are as kernels believe, for a hidden of that batch on that device."""
+        return all(
+            x is None
+            or (
+                type(x) in PLAIN
+                and x.dtype is torch.float32
+                and x.shape == (batch, *shape)
+                and x.get_device() == device
+                and x.is_contiguous()
+            )
+            for x, shape in zip(carried, self._carried, strict=True)
+        )
 
 
 class Steps:
@@ -65,7 +86,7 @@ class Steps:
         return {**self.__dict__, "_found": None}  # of these weights, not of a copy's
 
 
-class Token:
+class Token(ABC):
     """One token's way through the layers of a model that are on one device, for inference.
 
     Begun at the first layer, then called with each layer's number. Until the last, weights and states must
@@ -94,7 +115,7 @@ class Token:
         segments: SegmentPlan | None = None,
         open_sums: dict[int, Tensor] | None = None,
     ):
-        self.after: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.after: dict[int, Carried] = {}
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.get_device()
         self._layers: dict[int, Any] = {}  # of each layer, what its call needs
         self._rooms: dict[tuple[int, ...], tuple] = {}
@@ -105,11 +126,14 @@ class Token:
         facts = steps.facts()
         for layer, step in steps.layers.items():
             before = states[layer], None if segments is None else open_sums[layer]
+            if not step.fits(before, self.shape[0], self.device):
+                continue
             after = torch.empty_like(before[0]), None if segments is None else torch.empty_like(before[1])
             prepared = self._prepare(step, facts[layer], before, after)
             if prepared is not None:
                 self._layers[layer], self.after[layer] = prepared, after
 
+    @abstractmethod
     def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
         """The corrections of one layer.
 
@@ -123,23 +147,16 @@ class Token:
             The corrections [batch, 1, size of the head] in hidden's dtype, good until the next layer is
             called; the first of them None if it has been added to `output`. None for what no kernel takes.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _begin(
         self, hidden: Tensor, writes: Tensor | None, mask: Tensor | None, segments: SegmentPlan | None
     ) -> bool:
         """Whether these, which all layers have in common, are what the kernels take."""
-        raise NotImplementedError
 
-    def _prepare(
-        self,
-        step: Step,
-        facts: dict,
-        before: tuple[Tensor, Tensor | None],
-        after: tuple[Tensor, Tensor | None],
-    ) -> Any:
-        """What a layer's call needs, before and after being (state, open sums); None if it is not taken."""
-        raise NotImplementedError
+    @abstractmethod
+    def _prepare(self, step: Step, facts: dict, before: Carried, after: Carried) -> Any:
+        """What a layer's call needs; None if it is not taken."""
 
     def _room(self, sizes: tuple[int, ...]) -> tuple[tuple[Sequence[Tensor | None], ...], Any]:
         """Where the corrections of heads of these sizes go, for all layers that have such.
@@ -153,6 +170,6 @@ class Token:
             room = self._rooms[sizes] = (made, (None, *made[1:])), self._at(made)
         return room
 
+    @abstractmethod
     def _at(self, corrections: tuple[Tensor, ...]) -> Any:
         """What the kernels need of the room for corrections."""
-        raise NotImplementedError

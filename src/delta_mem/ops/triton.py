@@ -38,8 +38,6 @@ MAX_RANK = 64
 # products do better.
 MAX_QUERIES = 512
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
 
 def usable(tensors: Sequence[Tensor], rank: int) -> bool:
     """Whether `backend="auto"` may take this backend: on GPUs, unless torch wants derivatives of its own."""
@@ -47,7 +45,7 @@ def usable(tensors: Sequence[Tensor], rank: int) -> bool:
         kernels is not None
         and runs_on(tensors[0])
         and rank <= MAX_RANK
-        and (is_compiling() or (_PLAIN.issuperset(map(type, tensors)) and not _transformed()))
+        and (is_compiling() or (steps.PLAIN.issuperset(map(type, tensors)) and not _transformed()))
     )
 
 
@@ -90,7 +88,10 @@ def advance(
         or z.dtype != torch.float32
         or gate_bias.dtype != torch.float32
         or z.shape[2] != sum(rule.sections.values())
-        or not _fit(z, gate_bias, state, rule, writes, mask)
+        or state.shape != (len(z), rule.num_states, rule.rank, rule.rank)
+        or state.dtype != torch.float32
+        or state.device != z.device
+        or not _fit(z, gate_bias, rule, writes, mask)
     ):
         return None
     tensors = z.contiguous(), gate_bias.contiguous(), state.contiguous()
@@ -116,18 +117,14 @@ class Token(steps.Token):
         return True
 
     def _prepare(
-        self,
-        step: steps.Step,
-        facts: dict,
-        before: tuple[Tensor, Tensor | None],
-        after: tuple[Tensor, Tensor | None],
+        self, step: steps.Step, facts: dict, before: steps.Carried, after: steps.Carried
     ) -> tuple | None:
         launch = facts.get(self._key)
         if launch is None:
             tensors = self._like, *step.packed, *before, *self._flags
             fits = _step_fits(tensors, step.rule)
             launch = facts[self._key] = fits and _Launch(tensors, step.rule, step.scale)
-        if not launch or not _carried_fit(*before, launch.carried, self.device):
+        if not launch:
             return None
         before, after = _addresses(before), _addresses(after)
         room, (to, bits) = self._room(launch.sizes)
@@ -179,8 +176,7 @@ def recorded_token(
         return None
     flags = _flags(segments, writes, mask)
     fits = _step_fits((hidden, *step.packed, state, open_sum, *flags), step.rule)
-    carried = state, open_sum, _carried(hidden.shape[0], step.rule), hidden.get_device()
-    if not (fits and _carried_fit(*carried)):
+    if not fits or not step.fits((state, open_sum), len(hidden), hidden.get_device()):
         return None
     *planned, writes, mask = flags
     carried = state, open_sum, [x for x in planned if x is not None]
@@ -247,7 +243,7 @@ def _kind(x: Tensor | None) -> tuple | None:
 
 def _step_fits(tensors: tuple, rule: Rule) -> bool:
     """Whether a `_Launch` takes these inputs of the kernel, but for what a layer carries: state and sums."""
-    hidden, in_proj, gate_bias, deltas, state, _, *planned, writes, mask = tensors
+    hidden, in_proj, gate_bias, deltas, _, _, *planned, writes, mask = tensors
     width, weights = rule.num_states * rule.rank, (in_proj, gate_bias, *deltas)
     return (
         usable((hidden, *weights), rule.rank)
@@ -261,42 +257,17 @@ def _step_fits(tensors: tuple, rule: Rule) -> bool:
         and len(deltas) > 0
         and all(x.dtype == deltas[0].dtype and x.ndim == 2 and x.shape[1] == width for x in deltas)
         and all(x.device == hidden.device and x.is_contiguous() for x in weights)
-        and _fit(hidden, gate_bias, state, rule, writes, mask)
+        and _fit(hidden, gate_bias, rule, writes, mask)
         and all(x is None or (x.device == hidden.device and x.numel() == hidden.shape[0]) for x in planned)
     )
 
 
-def _carried(batch: int, rule: Rule) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of what a layer carries from token to token: its state, and sums of what is written."""
-    width = rule.num_states * rule.rank
-    return (batch, rule.num_states, rule.rank, rule.rank), (batch, sum(rule.sections.values()) - width)
-
-
-def _carried_fit(state: Tensor, open_sum: Tensor | None, shapes: tuple, device: int) -> bool:
-    """Whether a layer's state and sums are as the kernel of a token believes."""
-    return _is_plain_float32(state, shapes[0], device) and (
-        open_sum is None or _is_plain_float32(open_sum, shapes[1], device)
-    )
-
-
-def _is_plain_float32(x: Tensor, shape: tuple[int, ...], device: int) -> bool:
-    return (
-        type(x) in _PLAIN
-        and x.dtype is torch.float32
-        and x.shape == shape
-        and x.get_device() == device
-        and x.is_contiguous()
-    )
-
-
-def _fit(x: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, *flags: Tensor | None) -> bool:
+def _fit(x: Tensor, gate_bias: Tensor, rule: Rule, *flags: Tensor | None) -> bool:
     """Whether what comes with x [batch, tokens, …] is as a kernel believes. Others say what is wrong."""
-    states, rank, sections = rule.num_states, rule.rank, rule.sections
+    sections = rule.sections
     return (
         gate_bias.shape == (sections["beta"] + sections.get("lambda", 0),)
-        and state.shape == (x.shape[0], states, rank, rank)
-        and state.dtype == torch.float32
-        and gate_bias.device == state.device == x.device
+        and gate_bias.device == x.device
         and all(
             flag is None
             or (flag.dtype == torch.bool and flag.shape == x.shape[:2] and flag.device == x.device)
@@ -534,7 +505,6 @@ class _Launch:
         kernels: two, of which the second corrects the first head in place.
         sizes: of the heads; `first`: numbers in the first head's output.
         weights: addresses of in_proj, gate_bias and deltas; `bits`: of these.
-        carried: the shapes of the layer's state and sums.
         scale: as the kernel takes it.
     """
 
@@ -556,7 +526,7 @@ class _Launch:
             for in_place in (False, True)
         ]
         self.weights, self.scale = _addresses((in_proj, gate_bias, deltas)), (scale,)
-        self.bits, self.carried = _bits(self.weights), _carried(batch, rule)
+        self.bits = _bits(self.weights)
 
 
 def _step_cut(batch: int, queries: int) -> tuple[int, int, int, int, int]:
