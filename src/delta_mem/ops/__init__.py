@@ -285,9 +285,10 @@ def plan_segments(
             token that is not present does not write, whatever `writes` says.
         open_count, open_ids, keep_open: see `segments.plan`; one bool is for all rows.
     """
-    plan = triton.plan_token(shape, ids, writes, present, open_count, open_ids, keep_open)
-    if plan is not None:
-        return plan
+    given = shape, ids, writes, present, open_count, open_ids, keep_open
+    for plan in (triton.plan_token, cpu.plan_segments):
+        if (planned := plan(*given)) is not None:
+            return planned
     everyone = torch.ones((), dtype=torch.bool, device=open_count.device)
     ids = torch.zeros_like(everyone, dtype=torch.int64).expand(shape) if ids is None else ids
     writes = everyone.expand(shape) if writes is None else writes
@@ -295,9 +296,8 @@ def plan_segments(
         present = everyone.expand(shape)
     else:
         writes = writes & present
-    given = ids, writes, present, open_count, open_ids, (everyone & keep_open).expand(shape[0])
-    plan = cpu.plan_segments(*given)
-    return segments.plan(*given) if plan is None else plan
+    keep_open = (everyone & keep_open).expand(shape[0])
+    return segments.plan(ids, writes, present, open_count, open_ids, keep_open)
 
 
 def advance_segments(

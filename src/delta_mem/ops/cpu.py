@@ -41,7 +41,7 @@ from torch.compiler import is_compiling
 
 from . import steps
 from .activation import Rule
-from .segments import SegmentPlan
+from .segments import SegmentPlan, plan_room, plannable
 
 # To compile for rank 64 takes seconds, for rank 128 a minute.
 MAX_RANK = 64
@@ -218,38 +218,25 @@ def _find_out(step: steps.Step) -> SimpleNamespace | None:
 
 
 def plan_segments(
-    ids: Tensor, writes: Tensor, present: Tensor, open_count: Tensor, open_ids: Tensor, keep_open: Tensor
+    shape: tuple[int, int],
+    ids: Tensor | None,
+    writes: Tensor | None,
+    present: Tensor | None,
+    open_count: Tensor,
+    open_ids: Tensor,
+    keep_open: Tensor | bool,
 ) -> SegmentPlan | None:
-    """See `delta_mem.ops.segments.plan`; None for what it does not take."""
-    given = (ids, writes, present, open_count, open_ids, keep_open)
-    dtypes = (torch.int64, torch.bool, torch.bool, torch.int64, torch.int64, torch.bool)
-    if not usable(given, 0) or not all(
-        x.is_cpu and x.dtype is dtype for x, dtype in zip(given, dtypes, strict=True)
-    ):
+    """See `delta_mem.ops.plan_segments`; None for what it does not take."""
+    flags = None if isinstance(keep_open, bool) else keep_open
+    given = ids, writes, present, open_count, open_ids, flags
+    there = [x for x in given if x is not None]
+    if not usable(there, 0) or not plannable(shape, *given):
         return None
-    batch, tokens = ids.shape
-    plan = SegmentPlan(
-        closes=keep_open.new_empty(batch),
-        index=ids.new_empty(batch, tokens),
-        member=keep_open.new_empty(batch, tokens),
-        ends=keep_open.new_empty(batch, tokens),
-        open_before=open_count.float(),
-        counts=torch.empty(batch, tokens + 1),
-        stays_open=keep_open.new_empty(batch),
-        open_count=ids.new_empty(batch),
-        open_ids=ids.new_empty(batch),
-    )
-    _kernels().plan_segments(
-        tuple(x.numpy() for x in (ids, writes, present)),
-        tuple(x.numpy() for x in (open_count, open_ids)),
-        keep_open.numpy(),
-        plan.index.numpy(),
-        tuple(x.numpy() for x in (plan.member, plan.ends)),
-        plan.counts.numpy(),
-        tuple(x.numpy() for x in (plan.closes, plan.stays_open)),
-        tuple(x.numpy() for x in (plan.open_count, plan.open_ids)),
-    )
-    return plan
+    given = [x if x is None else x.contiguous() for x in given]
+    plan = plan_room(open_count, shape[1])
+    addresses = tuple(0 if x is None else x.data_ptr() for x in (*given, *plan))
+    _kernels().kernel("plan_segments", 0)(*addresses, keep_open is True, *shape)
+    return SegmentPlan(*plan)
 
 
 def _advance(

@@ -195,24 +195,20 @@ def _pointer(typing, address, offset, like):
     return types.CPointer(like.scalar)(address, types.int64, like), codegen
 
 
-@intrinsic
-def _byte(typing, address):
-    """The byte at an address: one of torch's bools."""
+def _pointer_to(kind):
+    @intrinsic
+    def pointer(typing, address):
+        """What lies at an address, as numbers of one kind."""
 
-    def codegen(context, builder, sig, args):
-        return builder.load(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        def codegen(context, builder, sig, args):
+            return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
 
-    return types.uint8(address), codegen
+        return types.CPointer(kind)(address), codegen
+
+    return pointer
 
 
-@intrinsic
-def _int64(typing, address):
-    """The integer at an address."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
-
-    return types.int64(address), codegen
+_bytes, _integers, _floats = (_pointer_to(kind) for kind in (types.uint8, types.int64, types.float32))
 
 
 @intrinsic
@@ -473,7 +469,7 @@ def _store_gate(x, at, per_row, gate):
 @njit(**OPTIONS)
 def _is_set(flags, batch, t):
     """Whether a token's flag is set; where there are none, all are."""
-    return flags[0] == 0 or _byte(flags[0] + batch * flags[1] + t * flags[2]) != 0
+    return flags[0] == 0 or _bytes(flags[0])[batch * flags[1] + t * flags[2]] != 0
 
 
 @njit(**OPTIONS)
@@ -550,34 +546,34 @@ def _advance_segments(like, z, bias, state, mask, reads, final, segments, rule, 
         key, value = _load(before, h * rank, like), _load(before, width + h * rank, like)
         beta = _gate(before, 2 * width + at, per_row, like)
         kept = beta if tied else _gate(before, 2 * width + gates + at, per_row, like)
-        if _byte(closes + batch) != 0:
+        if _bytes(closes)[batch] != 0:
             _write_token(S, x, key / count, value / count, beta / count, kept / count, bias_, at, gates, rule)
             key, value, beta, kept, count = zeros, zeros, zeros, zeros, 0.0
         here = np.int64(0)
         for t in range(tokens):
             place = batch * tokens + t
-            if _int64(index + 8 * place) != here:
-                here = _int64(index + 8 * place)
+            if _integers(index)[place] != here:
+                here = _integers(index)[place]
                 key, value, beta, kept, count = zeros, zeros, zeros, zeros, 0.0
             if not _is_set(mask, batch, t):
                 _store(reads_, t * reads[2], zeros)
                 continue
             z_ = _pointer(z[0], batch * z[1] + t * z[2], like)
             _store(reads_, t * reads[2], _read_token(S, x, _load(z_, h * rank, like)))
-            if _byte(member + place) != 0:
+            if _bytes(member)[place] != 0:
                 key = key + _load(z_, width + h * rank, like)
                 value = value + _load(z_, 2 * width + h * rank, like)
                 beta = beta + _gate(z_, 3 * width + at, per_row, like)
                 if not tied:
                     kept = kept + _gate(z_, 3 * width + gates + at, per_row, like)
                 count += 1.0
-            if _byte(ends + place) != 0:
+            if _bytes(ends)[place] != 0:
                 _write_token(
                     S, x, key / count, value / count, beta / count, kept / count, bias_, at, gates, rule
                 )
         _store_state(S, final, batch, h, like)
 
-        if _byte(stays_open + batch) == 0:
+        if _bytes(stays_open)[batch] == 0:
             key, value, beta, kept = zeros, zeros, zeros, zeros
         after = _pointer(new_sum, batch * features, like)
         _store(after, h * rank, key)
@@ -658,59 +654,6 @@ def _correct_all(like, layer, reads, batch, scale, add, to):
         delta, size = layer[FIXED + 2 * head], layer[FIXED + 2 * head + 1]
         if size > 0:
             _correct(like, reads[0], width, batch, delta, to[head], size, scale, add and head == 0)
-
-
-# ---- where segments end --------------------------------------------------------------------------
-
-
-def _plan_segments(tokens_, open_, keep_open, index, flags_, counts, rows_, after_):
-    ids, writes, present = tokens_
-    open_count, open_ids = open_
-    member, ends = flags_
-    closes, stays_open = rows_
-    count_after, ids_after = after_
-    for row in range(ids.shape[0]):
-        here = 0  # the segment
-        final = -1  # its last token so far
-        anybody = False
-        last_id = open_ids[row] if open_count[row] > 0 else -1
-        closes[row] = False
-        counts[row] = 0.0
-        counts[row, 0] = open_count[row]
-        for t in range(ids.shape[1]):
-            member[row, t] = ends[row, t] = False
-            if writes[row, t]:
-                anybody = True
-                if ids[row, t] != last_id:
-                    if final >= 0:
-                        ends[row, final] = counts[row, here] > 0
-                    elif here == 0 and open_count[row] > 0:
-                        closes[row] = True
-                        counts[row, 0] = 0.0
-                    last_id = ids[row, t]
-                    here += 1
-                    final = -1
-                if last_id >= 0:
-                    member[row, t] = True
-                    counts[row, here] += 1.0
-            if present[row, t]:
-                final = t
-            index[row, t] = here
-        if anybody and final >= 0 and not keep_open[row]:
-            ends[row, final] = counts[row, here] > 0
-        stays_open[row] = not anybody or (keep_open[row] and last_id >= 0)
-        count_after[row] = np.int64(counts[row, here]) if stays_open[row] else 0
-        ids_after[row] = last_id
-
-
-def plan_segments(*arrays):
-    """See `segments.plan`, whose results it writes to the arrays given for them.
-
-    Args:
-        arrays: (ids, writes, present), (open_count, open_ids), keep_open; and of the plan index,
-            (member, ends), counts, (closes, stays_open), (open_count, open_ids).
-    """
-    kernel("plan_segments", 0)(*arrays)
 
 
 # ---- one compiled function per rank and dtype ----------------------------------------------------
@@ -833,19 +776,62 @@ def _make_step_segments(rank, dtype):
 
 
 def _make_plan_segments(_, dtype):
-    numbers, flags = types.Array(_INT, 2, "A"), types.Array(types.boolean, 2, "A")
-    row_numbers, row_flags = types.Array(_INT, 1, "A"), types.Array(types.boolean, 1, "A")
-    arguments = (
-        types.Tuple((numbers, flags, flags)),
-        types.UniTuple(row_numbers, 2),
-        row_flags,
-        numbers,
-        types.UniTuple(flags, 2),
-        types.Array(types.float32, 2, "A"),
-        types.UniTuple(row_flags, 2),
-        types.UniTuple(row_numbers, 2),
-    )
-    return _plan_segments, arguments
+    def plan_segments(
+        ids, writes, present, open_count, open_ids, keep_open,
+        closes, index, member, ends, open_before, counts, stays_open, count_after, ids_after,
+        keep, batch, tokens,
+    ):  # fmt: skip
+        """See `segments.plan`. All tensors are contiguous; given are their addresses.
+
+        Args:
+            ids, writes, present: 0 for None: all tokens have id 0, write, are present.
+            keep_open: 0 for None: `keep` is for all rows.
+            closes, …, ids_after: the plan's, in their order.
+        """
+        id_of, writes_, present_, keeps = _integers(ids), _bytes(writes), _bytes(present), _bytes(keep_open)
+        member_, ends_, index_ = _bytes(member), _bytes(ends), _integers(index)
+        for row in range(batch):
+            before = _integers(open_count)[row]
+            count = _floats(counts + 4 * row * (tokens + 1))
+            here = 0  # the segment
+            final = -1  # its last token so far
+            anybody = False
+            last_id = _integers(open_ids)[row] if before > 0 else -1
+            closed = 0
+            for segment in range(tokens + 1):
+                count[segment] = 0.0
+            count[0] = before
+            for at in range(row * tokens, (row + 1) * tokens):
+                is_present = present == 0 or present_[at] != 0
+                id_here = 0 if ids == 0 else id_of[at]
+                member_[at] = ends_[at] = 0
+                if is_present and (writes == 0 or writes_[at] != 0):
+                    anybody = True
+                    if id_here != last_id:
+                        if final >= 0:
+                            ends_[final] = count[here] > 0
+                        elif here == 0 and before > 0:
+                            closed = 1
+                            count[0] = 0.0
+                        last_id = id_here
+                        here += 1
+                        final = -1
+                    if last_id >= 0:
+                        member_[at] = 1
+                        count[here] += 1.0
+                if is_present:
+                    final = at
+                index_[at] = here
+            keeps_open = keep != 0 if keep_open == 0 else keeps[row] != 0
+            if anybody and final >= 0 and not keeps_open:
+                ends_[final] = count[here] > 0
+            stays = not anybody or (keeps_open and last_id >= 0)
+            _bytes(closes)[row], _bytes(stays_open)[row] = closed, stays
+            _floats(open_before)[row] = before
+            _integers(count_after)[row] = np.int64(count[here]) if stays else 0
+            _integers(ids_after)[row] = last_id
+
+    return plan_segments, (_INT,) * 18
 
 
 _MAKERS = {

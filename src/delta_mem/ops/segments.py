@@ -47,6 +47,43 @@ class SegmentPlan:
         return tuple([(type(x), x.dtype, x.shape, x.get_device()) for x in parts])
 
 
+def plan_room(open_count: Tensor, tokens: int) -> list[Tensor]:
+    """Tensors for the fields of a plan of so many tokens, in their order; what they hold is left open."""
+    by_row, by_token = (len(open_count),), (len(open_count), tokens)
+    new, flags = open_count.new_empty, {"dtype": torch.bool}
+    floats = {"dtype": torch.float32}
+    return [
+        new(by_row, **flags),
+        new(by_token),
+        new(by_token, **flags),
+        new(by_token, **flags),
+        new(by_row, **floats),
+        new((len(open_count), tokens + 1), **floats),
+        new(by_row, **flags),
+        new(by_row),
+        new(by_row),
+    ]
+
+
+def plannable(
+    shape: tuple[int, int],
+    ids: Tensor | None,
+    writes: Tensor | None,
+    present: Tensor | None,
+    open_count: Tensor,
+    open_ids: Tensor,
+    keep_open: Tensor | None,
+) -> bool:
+    """Whether the arguments of `plan`, some perhaps None, are as it takes them for (batch, tokens)."""
+    by_token = (ids, torch.int64), (writes, torch.bool), (present, torch.bool)
+    by_row = (open_count, torch.int64), (open_ids, torch.int64), (keep_open, torch.bool)
+    return all(
+        x is None or (x.dtype is dtype and x.shape == size and x.device == open_count.device)
+        for group, size in ((by_token, shape), (by_row, shape[:1]))
+        for x, dtype in group
+    )
+
+
 def plan(
     ids: Tensor,
     writes: Tensor,

@@ -1,9 +1,9 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
-projections to its reads, and four and a sum back; a layer of a `Token` is one, from the layer's input to the
-corrections of its projections. All may be captured in a CUDA graph; under torch.compile each is one operator
-of the graph. `plan_token` says where segments end, for decoding.
+projections to its reads, and four and a sum back; a layer of a `Token` is one, or in a CUDA graph two, from
+the layer's input to the corrections of its projections. All may be captured in a CUDA graph; under
+torch.compile each is one operator of the graph. `plan_token` says where segments end, for decoding.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -23,7 +23,7 @@ from torch.compiler import is_compiling
 
 from . import steps
 from .activation import Rule
-from .segments import SegmentPlan
+from .segments import SegmentPlan, plan_room, plannable
 
 try:
     from . import triton_kernels as kernels
@@ -36,7 +36,10 @@ MAX_RANK = 64
 
 # Queries of all batch rows up to which a `Token` pays. It loads weights again for each row: beyond, matrix
 # products do better.
-MAX_QUERIES = 512
+MAX_QUERIES = 2048
+
+# Queries up to which a layer of a `Token` is one launch where launches cost the processor's time.
+ONE_LAUNCH = 512
 
 
 def usable(tensors: Sequence[Tensor], rank: int) -> bool:
@@ -111,9 +114,11 @@ class Token(steps.Token):
             return False
         self._flags = _flags(segments, writes, mask)
         self._flags_at = _addresses(self._flags)
+        self._captured, self._z = _captured(), {}
         kind = None if segments is None else segments.kind
-        # All that the kernel relies on, of what the layers have in common.
-        self._key = type(hidden), self.dtype, self.shape, self.device, _kind(writes), _kind(mask), kind
+        # All that the kernels rely on, of what the layers have in common.
+        common = type(hidden), self.dtype, self.shape, self.device, _kind(writes), _kind(mask), kind
+        self._key = *common, self._captured
         return True
 
     def _prepare(
@@ -123,13 +128,17 @@ class Token(steps.Token):
         if launch is None:
             tensors = self._like, *step.packed, *before, *self._flags
             fits = _step_fits(tensors, step.rule)
-            launch = facts[self._key] = fits and _Launch(tensors, step.rule, step.scale)
+            launch = facts[self._key] = fits and _Launch(tensors, step.rule, step.scale, self._captured)
         if not launch:
             return None
-        before, after = _addresses(before), _addresses(after)
+        before, after, z = _addresses(before), _addresses(after), None
+        if launch.projection is not None:
+            if launch.features not in self._z:  # room for all layers that have as many
+                self._z[launch.features] = launch.room(self._like)
+            z = _address(self._z[launch.features])
         room, (to, bits) = self._room(launch.sizes)
         bits |= launch.bits | _bits(before) | _bits(after)
-        return launch, (*launch.weights, *before, *self._flags_at), to, after, bits, room
+        return launch, (*launch.weights, *before, *self._flags_at, z), to, after, bits, room
 
     def _at(self, corrections: tuple[Tensor, ...]) -> tuple[tuple, int]:
         to = _addresses(corrections)
@@ -158,7 +167,10 @@ class Token(steps.Token):
         if in_place:
             to = (_address(output), *to[1:])
         bits |= _bits((start, to[0]))
-        launch.kernels[in_place].launch(launch.grid, (start, *given, to, *after), launch.scale, bits)
+        addresses = start, *given, to, *after
+        if launch.projection is not None:
+            launch.project(addresses, bits)
+        launch.kernels[in_place].launch(launch.grid, addresses, launch.scale, bits)
         return corrections[in_place]
 
 
@@ -204,36 +216,12 @@ def plan_token(
     keep_open: Tensor | bool,
 ) -> SegmentPlan | None:
     """See `delta_mem.ops.plan_segments`; for one token, in one launch. None for what it does not take."""
-    given = open_count, open_ids, ids, writes, present, None if isinstance(keep_open, bool) else keep_open
-    if shape[1] != 1 or is_compiling() or _watched():
-        return None
-    dtypes = torch.int64, torch.int64, torch.int64, torch.bool, torch.bool, torch.bool
+    flags = None if isinstance(keep_open, bool) else keep_open
+    given = ids, writes, present, open_count, open_ids, flags
     there = [x for x in given if x is not None]
-    if not usable(there, 0) or not all(
-        x is None or (x.dtype is dtype and x.numel() == shape[0] and x.device == open_count.device)
-        for x, dtype in zip(given, dtypes, strict=True)
-    ):
+    if shape[1] != 1 or not usable(there, 0) or not plannable(shape, *given):
         return None
-    rows = shape[0]
-    flags = [open_count.new_empty(rows, *one, dtype=torch.bool) for one in ((), (1,), (1,), ())]
-    plan = SegmentPlan(
-        closes=flags[0],
-        index=open_count.new_empty(rows, 1),
-        member=flags[1],
-        ends=flags[2],
-        open_before=open_count.new_empty(rows, dtype=torch.float32),
-        counts=open_count.new_empty(rows, 2, dtype=torch.float32),
-        stays_open=flags[3],
-        open_count=torch.empty_like(open_count),
-        open_ids=torch.empty_like(open_ids),
-    )
-    given = tuple(x if x is None else x.contiguous() for x in given)
-    results = tuple(getattr(plan, field) for field in kernels.PLANNED)
-    constants = keep_open is True, 128
-    _run(
-        kernels.plan_token, (_ceil(rows, 128), 1, 1), (*given, *results), (rows,), constants, {"num_warps": 4}
-    )
-    return plan
+    return SegmentPlan(*_plan_token(*given, keep_open is True))
 
 
 def _kind(x: Tensor | None) -> tuple | None:
@@ -495,50 +483,96 @@ def _activated_backward(z, gate_bias, rule: Rule, writes, mask, grads: tuple) ->
 
 
 class _Launch:
-    """One token's launch for one layer's weights, where they are now, and for a token like the one given.
+    """One token's launches for one layer's weights, where they are now, and for a token like the one given.
 
     Args:
         tensors: the kernel's inputs: hidden, in_proj, gate_bias, deltas, state, open_sum, …
         rule, scale: see `steps.Step`.
+        captured: a graph is being captured, in which a launch costs little.
 
     Attributes:
+        projection: the kernel that projects before the others do their work; None if they project.
         kernels: two, of which the second corrects the first head in place.
-        sizes: of the heads; `first`: numbers in the first head's output.
+        sizes: of the heads; `first`: numbers in the first head's output; `features`: those of `in_proj`.
         weights: addresses of in_proj, gate_bias and deltas; `bits`: of these.
         scale: as the kernel takes it.
     """
 
-    def __init__(self, tensors: tuple, rule: Rule, scale: float):
+    def __init__(self, tensors: tuple, rule: Rule, scale: float, captured: bool):
         hidden, in_proj, gate_bias, deltas, state, open_sum, *_ = tensors
         batch, _, size = hidden.shape
         sizes = self.sizes = tuple(len(delta) for delta in deltas)
-        self.first = batch * sizes[0]
+        self.first, self.features = batch * sizes[0], len(in_proj)
         R = _cut(batch, rule.num_states, rule.rank).padded
         padded = 1 << (rule.num_states - 1).bit_length()
-        rows, block, span, unroll, warps = _step_cut(batch, padded * R)
+        z, self.projection, overlap = None, None, False
+        if captured or batch * rule.num_states * rule.rank > ONE_LAUNCH:
+            overlap, z = _overlaps(hidden), self.room(hidden)
+            rows, *cut, warps = _project_cut(batch, size)
+            constants = size, self.features, rows, *cut, overlap
+            self._grid = _ceil(self.features, rows), batch, 1
+            self.projection = _kernel(kernels.project, (hidden, in_proj, z), constants, {"num_warps": warps})
+        rows, block, span, unroll, warps = _step_cut(batch, padded * R, z is not None)
         constants = rule.num_states, size, rule.rank, R, *rule[2:], sizes
-        cut = padded, rows, block, span, unroll
+        cut = padded, rows, block, span, unroll, overlap
         blocks = sum(_ceil(n, block) for n in sizes)
         self.grid = rule.num_states * (R // rows) + blocks, batch, 1
-        results = (hidden,) * len(sizes), state, open_sum  # of the same dtypes
+        tensors = *tensors, z, (hidden,) * len(sizes), state, open_sum  # results are of inputs' dtypes
+        options = {"num_warps": warps, **({"launch_pdl": True} if overlap else {})}
         self.kernels = [
-            _kernel(kernels.step, (*tensors, *results), (*constants, in_place, *cut), {"num_warps": warps})
+            _kernel(kernels.step, tensors, (*constants, in_place, *cut), options)
             for in_place in (False, True)
         ]
         self.weights, self.scale = _addresses((in_proj, gate_bias, deltas)), (scale,)
         self.bits = _bits(self.weights)
 
+    def room(self, hidden: Tensor) -> Tensor:
+        """Where a projection of `hidden` goes."""
+        return hidden.new_empty(len(hidden), self.features, dtype=torch.float32)
 
-def _step_cut(batch: int, queries: int) -> tuple[int, int, int, int, int]:
+    def project(self, addresses: tuple, bits: int) -> None:
+        """Launches the projection; takes what the other kernels take."""
+        hidden, in_proj, z = addresses[0], addresses[1], addresses[_Z]
+        self.projection.launch(self._grid, (hidden, in_proj, z), (), bits)
+
+
+_Z = 14  # the place of `z` among the arguments of `kernels.step`
+
+
+def _captured() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether launches on the device of x can wait for the one before them by themselves, in graphs too."""
+    return (
+        x.is_cuda
+        and kernels.KNOWS_OVERLAP
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) == (9, 0)  # elsewhere nobody has looked
+    )
+
+
+def _step_cut(batch: int, queries: int, projected: bool) -> tuple[int, int, int, int, int]:
     """How one token's work is cut: `step`'s ROWS, BLOCK, SLICE and UNROLL, and warps.
 
     From measurements on an H100. `queries` is the number of rows of all states, padded.
     """
+    if projected:
+        return 4, max(32, min(256, 4096 // queries)), 16, 1, 4
     if batch > 4:
         return 2, max(128, 8192 // queries), max(16, 4096 // queries), 1, 8
     if queries <= 8:
         return 1, 256, 2048, 2, 8
     return 1, 128, max(16, 32768 // queries), 2, 16
+
+
+def _project_cut(batch: int, size: int) -> tuple[int, int, int, int]:
+    """The same of `project`: ROWS, SLICE, UNROLL, and warps."""
+    if batch > 8:
+        return 2, 1024, 2, 4
+    return 1, min(4096, 1 << (size - 1).bit_length()), 2, 8
 
 
 def _run(kernel, grid: tuple, tensors: tuple, sizes: tuple, constants: tuple, options: dict) -> None:
@@ -745,6 +779,20 @@ def _advance_backward(
     return _activated_backward(z, gate_bias, rule, writes, mask, grads), d_state
 
 
+@_operator(
+    "plan_token(Tensor? ids, Tensor? writes, Tensor? present, Tensor open_count, Tensor open_ids, "
+    "Tensor? keep_open, bool keep) -> Tensor[]",
+    lambda ids, writes, present, open_count, *_: plan_room(open_count, 1),
+)
+def _plan_token(ids, writes, present, open_count, open_ids, keep_open, keep):
+    given = open_count, open_ids, ids, writes, present, keep_open
+    given = [x if x is None else x.contiguous() for x in given]
+    plan, rows, block = plan_room(open_count, 1), len(open_count), 128
+    grid = _ceil(rows, block), 1, 1
+    _run(kernels.plan_token, grid, (*given, *plan), (rows,), (keep, block), {"num_warps": 4})
+    return plan
+
+
 def _like_step(hidden, in_proj, gate_bias, deltas, scale, state, open_sum, *_):
     corrections = [hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas]
     return [*corrections, *[torch.empty_like(x) for x in (state, open_sum) if x is not None]]
@@ -764,10 +812,14 @@ def _step(
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
     to = tuple(hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas)
     after = torch.empty_like(state), None if open_sum is None else torch.empty_like(open_sum)
-    launch, hidden = _Launch(tensors, rule, scale), hidden.contiguous()
+    launch, hidden = _Launch(tensors, rule, scale, _captured()), hidden.contiguous()
     before = [x if x is None else x.contiguous() for x in tensors[4:]]
-    addresses = _address(hidden), *launch.weights, *_addresses((*before, to, *after))
-    launch.kernels[False].launch(launch.grid, addresses, launch.scale, _bits(addresses))
+    z = None if launch.projection is None else launch.room(hidden)
+    addresses = _address(hidden), *launch.weights, *_addresses((*before, z, to, *after))
+    bits = _bits(addresses)
+    if z is not None:
+        launch.project(addresses, bits)
+    launch.kernels[False].launch(launch.grid, addresses, launch.scale, bits)
     return [*to, *[x for x in after if x is not None]]
 
 

@@ -22,7 +22,8 @@ token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where
 there is one chunk, no map, and the launch is a plain loop over the tokens.
 
 `activate` comes before, from a layer's projections, and `activate_backward` leads back to them. `step` takes
-one token, in one launch, from a layer's input to the corrections of its projections.
+one token, in one launch, from a layer's input to the corrections of its projections; where launches cost
+little, `project` goes before.
 
 In the first three a program is one warp: nobody waits for another warp. A tile is [rank, lanes]; rank is
 padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
@@ -35,6 +36,8 @@ import triton.language as tl
 from .activation import NORM_EPS
 
 _EPS = tl.constexpr(NORM_EPS)
+# Whether this Triton knows of launches that begin before the one before them is through.
+KNOWS_OVERLAP = hasattr(tl.extra.cuda, "gdc_wait")
 # Sizes of inputs differ from call to call: no kernel is compiled again because one happens to be 1
 # or a multiple of 16.
 _SIZES = ["tokens", "states", "lanes", "chunk", "chunks"]
@@ -730,20 +733,24 @@ def _places(state, i, STATES: tl.constexpr, RANK: tl.constexpr, PER_ROW: tl.cons
 
 
 @triton.jit
-def _open(
-    sums, state, i, j, STATES: tl.constexpr, RANK: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr
+def _load_written(
+    x, state, i, j, STATES: tl.constexpr, RANK: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr
 ):
-    """Of an open segment's sums: key [states, j], value, beta and decay [states, i]."""
+    """What is written, of a token's projections behind the queries or of their sums over a segment.
+
+    Returns:
+        key [states, j], and value, beta and decay [states, i].
+    """
     at_key, _, known = _places(state, j, STATES, RANK, PER_ROW)
     at, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
     width: tl.constexpr = STATES * RANK
     gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
-    key = tl.load(sums + at_key, mask=known, other=0.0)
-    value = tl.load(sums + width + at, mask=inside, other=0.0)
-    beta = tl.load(sums + 2 * width + gate, mask=inside, other=0.0)
+    key = tl.load(x + at_key, mask=known, other=0.0)
+    value = tl.load(x + width + at, mask=inside, other=0.0)
+    beta = tl.load(x + 2 * width + gate, mask=inside, other=0.0)
     decay = beta
     if not TIED:
-        decay = tl.load(sums + 2 * width + gates + gate, mask=inside, other=0.0)
+        decay = tl.load(x + 2 * width + gates + gate, mask=inside, other=0.0)
     return key, value, beta, decay
 
 
@@ -759,7 +766,7 @@ def _found(
     s = tl.load(before + at_state, mask=inside[:, :, None] & (j < RANK)[None, None, :], other=0.0)
     if sums is not None:
         n = tl.maximum(count, 1.0)
-        key, value, beta, decay = _open(sums, state, i, j, STATES, RANK, TIED, PER_ROW)
+        key, value, beta, decay = _load_written(sums, state, i, j, STATES, RANK, TIED, PER_ROW)
         key, value, beta, decay = key / n, value / n, beta / n, decay / n
         closed = _written(s, key, value, beta, decay, gate_bias, gate, gates, inside, UPDATE, TIED)
         s = tl.where(closes, closed, s)
@@ -777,11 +784,11 @@ def _is_set(flags, row):
 
 @triton.jit
 def _write_rows(
-    unit, row, hidden, in_proj, gate_bias, before,
+    unit, row, hidden, in_proj, z, gate_bias, before,
     sums, count, close, index, member, ends, stays_open, writes, seen, after, sums_after,
     STATES: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     UPDATE: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr,
+    ROWS: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a state after the token, and what they add to the open segment."""
     width: tl.constexpr = STATES * RANK
@@ -791,13 +798,17 @@ def _write_rows(
     j = tl.arange(0, R)
     at, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
     at_key, _, known = _places(state, j, STATES, RANK, PER_ROW)
-    key, value, beta, decay = _project_written(
-        hidden, in_proj, tl.reshape(at_key, (R,)), tl.reshape(known, (R,)), tl.reshape(at, (ROWS,)),
-        tl.reshape(gate, (ROWS,)), tl.reshape(inside, (ROWS,)),
-        width, gates, SIZE, TIED, R, ROWS, SLICE, UNROLL,
-    )  # fmt: skip
-    key, value, beta, decay = key[None, :], value[None, :], beta[None, :], decay[None, :]
     s = _found(before, sums, count, close, gate_bias, row, state, i, j, STATES, RANK, UPDATE, TIED, PER_ROW)
+    if z is None:
+        key, value, beta, decay = _project_written(
+            hidden, in_proj, tl.reshape(at_key, (R,)), tl.reshape(known, (R,)), tl.reshape(at, (ROWS,)),
+            tl.reshape(gate, (ROWS,)), tl.reshape(inside, (ROWS,)),
+            width, gates, SIZE, TIED, R, ROWS, SLICE, UNROLL,
+        )  # fmt: skip
+        key, value, beta, decay = key[None, :], value[None, :], beta[None, :], decay[None, :]
+    else:
+        _wait(OVERLAP)
+        key, value, beta, decay = _load_written(z + width, state, i, j, STATES, RANK, TIED, PER_ROW)
     if sums is None:
         written = seen & _is_set(writes, row)
     else:
@@ -805,7 +816,9 @@ def _write_rows(
         goes_on = tl.load(index + row) == 0
         joins = tl.load(member + row) != 0
         # Selected, not multiplied: what lies under padding may be NaN.
-        open_key, open_value, open_beta, open_decay = _open(sums, state, i, j, STATES, RANK, TIED, PER_ROW)
+        open_key, open_value, open_beta, open_decay = _load_written(
+            sums, state, i, j, STATES, RANK, TIED, PER_ROW
+        )
         key = tl.where(goes_on, open_key, 0.0) + tl.where(joins, key, 0.0)
         value = tl.where(goes_on, open_value, 0.0) + tl.where(joins, value, 0.0)
         beta = tl.where(goes_on, open_beta, 0.0) + tl.where(joins, beta, 0.0)
@@ -830,11 +843,11 @@ def _write_rows(
 
 @triton.jit
 def _correct(
-    block, row, hidden, in_proj, gate_bias, deltas, before, sums, count, close, seen, corrections, scale,
+    block, row, hidden, in_proj, z, gate_bias, deltas, before, sums, count, close, seen, corrections, scale,
     STATES: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     UPDATE: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr,
     SIZES: tl.constexpr, IN_PLACE: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, SLICE: tl.constexpr, UNROLL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A block of the corrections, those of all heads one behind the other."""
     delta = deltas[0]
@@ -849,19 +862,63 @@ def _correct(
             size = SIZES[head] + block * 0
     at = block * BLOCK + tl.arange(0, BLOCK)
     state, j = tl.arange(0, PADDED), tl.arange(0, R)
-    at_query, _, known = _places(state, j, STATES, RANK, PER_ROW)
-    at_query, known = tl.reshape(at_query, (PADDED * R,)), tl.reshape(known, (PADDED * R,))
+    if RANK == R:  # in such words that the compiler sees neighbours and loads several at once
+        at_query = tl.arange(0, PADDED * R)
+        known = at_query < STATES * RANK
+    else:
+        at_query, _, known = _places(state, j, STATES, RANK, PER_ROW)
+        at_query, known = tl.reshape(at_query, (PADDED * R,)), tl.reshape(known, (PADDED * R,))
     output = tl.load(to + at, mask=(at < size) & add, other=0.0).to(tl.float32)
     weights = delta + at.to(tl.int64)[:, None] * (STATES * RANK) + at_query[None, :]
     weights = tl.load(weights, mask=(at < size)[:, None] & known[None, :], other=0.0)
     s = _found(before, sums, count, close, gate_bias, row, state, j, j, STATES, RANK, UPDATE, TIED, PER_ROW)
-    query = _project(hidden, in_proj, at_query, known, SIZE, PADDED * R, SLICE, UNROLL)
+    if z is None:
+        query = _project(hidden, in_proj, at_query, known, SIZE, PADDED * R, SLICE, UNROLL)
+    else:
+        _wait(OVERLAP)
+        query = tl.load(z + at_query, mask=known, other=0.0)
     query = _direction(tl.reshape(query, (PADDED, R)), 1)
     read = tl.reshape(tl.sum(s * query[:, None, :], axis=2), (PADDED * R,))
     # Selected, not multiplied: what lies under padding may be NaN.
     read = tl.where(seen, read, 0.0).to(to.dtype.element_ty)
     correction = tl.sum(_product(weights, read[None, :]), axis=1)
     tl.store(to + at, (output + scale * correction).to(to.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _wait(OVERLAP: tl.constexpr):
+    """Until the launch before is through, if this one has not waited for it."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def project(
+    hidden,
+    in_proj,
+    z,
+    SIZE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLICE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The projections of one token, for a `step` that does not make them. Grid: (FEATURES / ROWS, batch).
+
+    Args:
+        hidden, in_proj: as in `step`, in_proj [FEATURES, SIZE].
+        z: float32 [batch, FEATURES].
+        ROWS: features of a program. SLICE, UNROLL: as in `step`.
+        OVERLAP: the launch of `step` need not wait for this one: it does so itself, before it reads z.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = at < FEATURES
+    products = _project(hidden + row * SIZE, in_proj, at, inside, SIZE, ROWS, SLICE, UNROLL)
+    tl.store(z + row * FEATURES + at, products, mask=inside)
 
 
 @triton.jit
@@ -880,6 +937,7 @@ def step(
     stays_open,
     writes,
     mask,
+    z,
     corrections,
     after,
     open_after,
@@ -898,12 +956,13 @@ def step(
     BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
     UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token from a layer's input to its corrections. Grid: (STATES * R / ROWS + blocks, batch).
 
     The first programs write: each has ROWS rows of a state. The others read: each has BLOCK numbers of a
-    head's correction. They need the key of a whole state, or the queries of all; to compute these again in
-    each program takes less time than one program for all would wait for memory, or than another launch.
+    head's correction. They need the key of a whole state, or the queries of all. Without `z` each program
+    computes these for itself, which takes less time than it takes a processor to launch `project` before.
 
     Args:
         hidden: [batch, SIZE].
@@ -915,6 +974,7 @@ def step(
         index, member, ends, closes, counts_before, stays_open: [batch], of the `segments.SegmentPlan`, where
             `counts_before` is called `open_before`; None if tokens are written.
         writes, mask: bool [batch], or None. Segments have a plan instead of `writes`.
+        z: float32 [batch, features], what `project` leaves; None: hidden is projected here.
         corrections: of each head [batch, its size].
         scale: of the corrections.
         SIZES: of the heads.
@@ -922,12 +982,15 @@ def step(
         PADDED: STATES, padded to a power of two.
         ROWS, BLOCK: see above.
         SLICE: numbers of SIZE in a tile. UNROLL: tiles that are loaded together.
+        OVERLAP: as in `project`.
     """
     unit = tl.program_id(0)
     row = tl.program_id(1)
     gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
     features: tl.constexpr = 2 * STATES * RANK + (gates if TIED else 2 * gates)  # that are written
     hidden += row.to(tl.int64) * SIZE
+    if z is not None:
+        z += row.to(tl.int64) * (features + STATES * RANK)
     seen = _is_set(mask, row)
     sums = None
     sums_after = None
@@ -941,23 +1004,20 @@ def step(
     writers: tl.constexpr = STATES * (R // ROWS)
     if unit < writers:
         _write_rows(
-            unit, row, hidden, in_proj, gate_bias, before,
+            unit, row, hidden, in_proj, z, gate_bias, before,
             sums, count, close, index, member, ends, stays_open, writes, seen, after, sums_after,
-            STATES, SIZE, RANK, R, UPDATE, TIED, PER_ROW, ROWS, SLICE, UNROLL,
+            STATES, SIZE, RANK, R, UPDATE, TIED, PER_ROW, ROWS, SLICE, UNROLL, OVERLAP,
         )  # fmt: skip
     else:
         _correct(
-            unit - writers, row, hidden, in_proj, gate_bias, deltas,
-            before, sums, count, close, seen, corrections, scale,
-            STATES, SIZE, RANK, R, UPDATE, TIED, PER_ROW, SIZES, IN_PLACE, PADDED, BLOCK, SLICE, UNROLL,
+            unit - writers, row, hidden, in_proj, z, gate_bias, deltas,
+            before, sums, count, close, seen, corrections, scale, STATES, SIZE, RANK, R,
+            UPDATE, TIED, PER_ROW, SIZES, IN_PLACE, PADDED, BLOCK, SLICE, UNROLL, OVERLAP,
         )  # fmt: skip
 
 
-# Fields of a `segments.SegmentPlan` in order: those that `step` takes, and those that `plan_token` leaves.
+# Fields of a `segments.SegmentPlan` that `step` takes, in order.
 PLAN = ("index", "member", "ends", "closes", "open_before", "stays_open")
-PLANNED = (
-    "closes", "index", "member", "ends", "open_before", "counts", "stays_open", "open_count", "open_ids",
-)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -986,7 +1046,7 @@ def plan_token(
     Args:
         open_count, open_ids, ids, writes, present, keep_open: [rows], see there. None for ids are zeros, for
             writes and present True, for keep_open KEEP.
-        closes and so on: the plan's fields, of which `counts` is [rows, 2], the others [rows].
+        closes and so on: the plan's fields in their order, of which `counts` is [rows, 2], the others [rows].
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
