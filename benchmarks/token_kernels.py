@@ -1,0 +1,79 @@
+"""One token through a layer on a GPU, in a CUDA graph: one launch, two, and matrix products.
+
+python benchmarks/token_kernels.py
+
+The graph has 72 layers of the shape of Qwen3-4B, each with its own weights: those of four states do not fit
+into the GPU's cache together. Times are of a layer.
+"""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+
+from delta_mem import DeltaMemConfig, benchmark, ops
+from delta_mem.memory import DeltaMemory, WritePlan
+from delta_mem.ops import triton
+
+LAYERS, HIDDEN, HEADS = 72, 2560, {"q": 4096, "o": 2560}
+
+
+def recorded(layer: Callable[[int], object], **instead: object) -> Callable[[], None]:
+    """A graph of all layers, captured with attributes of `triton` replaced."""
+    with patch.multiple(triton, **{"_captured": lambda: True, **instead}):
+        layer(0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for index in range(LAYERS):
+                layer(index)
+    return graph.replay
+
+
+@torch.no_grad()
+def rows(name: str, config: DeltaMemConfig, batch: int):
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        adapters = [DeltaMemory(config, HIDDEN, HEADS) for _ in range(LAYERS)]
+        hidden = torch.randn(batch, 1, HIDDEN, dtype=torch.bfloat16)
+    for weight in (weight for adapter in adapters for weight in adapter.parameters()):
+        weight.normal_(std=0.02)
+    rule, segments, open_sum = adapters[0].rule, None, None
+    state = torch.randn(batch, rule.num_states, rule.rank, rule.rank, device="cuda")
+    if config.write != "token":
+        none = torch.zeros(batch, dtype=torch.int64, device="cuda")
+        segments = ops.plan_segments((batch, 1), None, None, None, none, none - 1, True)
+        open_sum = torch.zeros(batch, sum(rule.sections.values()) - config.width, device="cuda")
+    plan = WritePlan(None, segments=segments)
+    outputs = {head: hidden.new_zeros(batch, 1, size) for head, size in HEADS.items()}
+    planned = [] if segments is None else [getattr(segments, field) for field in triton.kernels.PLAN]
+
+    def kernels(index: int):
+        step = adapters[index].step()
+        given = step.scale, state, open_sum, planned, *step.rule, None, None
+        return torch.ops.delta_mem.step(hidden, *step.packed, *given)
+
+    def products(index: int):
+        adapter = adapters[index]
+        reads, *_ = adapter.advance(adapter.project(hidden), state, open_sum, plan)
+        reads = reads.to(hidden.dtype)
+        return [adapter.correct(head, reads, output, in_place=True) for head, output in outputs.items()]
+
+    variants = {"two, overlapping": recorded(kernels), "two": recorded(kernels, _overlaps=lambda x: False)}
+    if batch * config.width <= triton.ONE_LAUNCH:
+        variants["one launch"] = recorded(kernels, _captured=lambda: False)
+    variants["matrix products"] = recorded(products)
+    yield from benchmark.alternate(f"{name}, batch {batch}", variants, "cuda", rounds=15)
+
+
+def main() -> None:
+    print(benchmark.machine("cuda"), flush=True)
+    for name, config in benchmark.VARIANTS.items():
+        for batch in (1, 8, 32):
+            for row in rows(name, config, batch):
+                microseconds = row["seconds"] / LAYERS * 1e6
+                print(f"{row['name']:22} {row['variant']:18} {microseconds:6.2f} us", flush=True)
+
+
+if __name__ == "__main__":
+    main()
