@@ -18,15 +18,14 @@ from delta_mem.ops import triton
 LAYERS, HIDDEN, HEADS = 72, 2560, {"q": 4096, "o": 2560}
 
 
-def recorded(layer: Callable[[int], object], **instead: object) -> Callable[[], None]:
-    """A graph of all layers, captured with attributes of `triton` replaced."""
-    with patch.multiple(triton, **{"_captured": lambda: True, **instead}):
-        layer(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for index in range(LAYERS):
-                layer(index)
+def captured(layer: Callable[[int], object]) -> Callable[[], None]:
+    """Replays a graph of all layers."""
+    layer(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(LAYERS):
+            layer(index)
     return graph.replay
 
 
@@ -48,8 +47,12 @@ def rows(name: str, config: DeltaMemConfig, batch: int):
     outputs = {head: hidden.new_zeros(batch, 1, size) for head, size in HEADS.items()}
     planned = [] if segments is None else [getattr(segments, field) for field in triton.kernels.PLAN]
 
-    def kernels(index: int):
-        step = adapters[index].step()
+    own = ops.Steps({index: adapter.step() for index, adapter in enumerate(adapters)})
+    states, open_sums = dict.fromkeys(own.layers, state), dict.fromkeys(own.layers, open_sum)
+    token = ops.begin_token(hidden, own, states, segments=segments, open_sums=open_sums)
+
+    def recorded(index: int):
+        step = own.layers[index]
         given = step.scale, state, open_sum, planned, *step.rule, None, None
         return torch.ops.delta_mem.step(hidden, *step.packed, *given)
 
@@ -59,10 +62,12 @@ def rows(name: str, config: DeltaMemConfig, batch: int):
         reads = reads.to(hidden.dtype)
         return [adapter.correct(head, reads, output, in_place=True) for head, output in outputs.items()]
 
-    variants = {"two, overlapping": recorded(kernels), "two": recorded(kernels, _overlaps=lambda x: False)}
+    variants = {"two, overlapping": captured(recorded)}
+    with patch.object(triton, "_overlaps", lambda x: False):
+        variants["two"] = captured(recorded)
     if batch * config.width <= triton.ONE_LAUNCH:
-        variants["one launch"] = recorded(kernels, _captured=lambda: False)
-    variants["matrix products"] = recorded(products)
+        variants["one launch"] = captured(lambda index: token(index, hidden, None))
+    variants["matrix products"] = captured(products)
     yield from benchmark.alternate(f"{name}, batch {batch}", variants, "cuda", rounds=15)
 
 

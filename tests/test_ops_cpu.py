@@ -351,12 +351,12 @@ def test_segments_are_planned_as_the_definition_says(tokens, given):
         if given in ("none", "keep"):
             ids, writes, present = torch.zeros_like(ids), torch.ones_like(writes), torch.ones_like(present)
             keep = torch.full_like(keep, given == "keep")
-            own = None, None, None, count, open_ids, given == "keep"
+            own = None, None, None, count, open_ids, None
         else:
             own = ids, writes | ~present, present, count, open_ids, keep  # padding writes nothing
         if given == "strided":
             own = tuple(torch.stack([x, torch.zeros_like(x)], -1)[..., 0] for x in own)
-        plan = cpu.plan_segments((5, tokens), *own)
+        plan = cpu.plan_segments((5, tokens), *own, given == "keep")
         expected = segments.plan(ids, writes, present, count, open_ids, keep)
         for field in dataclasses.fields(expected):
             got, right = getattr(plan, field.name), getattr(expected, field.name)
@@ -387,7 +387,7 @@ def test_fused_segments_leave_to_others_what_is_not_as_it_should_be():
     assert cpu.advance_segments(z, bias, state, open_sum[:, 1:], rule, plan, None) is None
     assert cpu.advance_segments(z[:, :-1], bias, state, open_sum, rule, plan, None) is None
     ids, *rest = stream(0)
-    assert cpu.plan_segments((5, 12), ids.int(), *rest) is None
+    assert cpu.plan_segments((5, 12), ids.int(), *rest, False) is None
     assert ops.plan_segments(ids.shape, ids.int(), *rest).ends.equal(plan.ends)
 
 

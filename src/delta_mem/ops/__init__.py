@@ -285,9 +285,10 @@ def plan_segments(
             token that is not present does not write, whatever `writes` says.
         open_count, open_ids, keep_open: see `segments.plan`; one bool is for all rows.
     """
-    given = shape, ids, writes, present, open_count, open_ids, keep_open
+    tensor, everywhere = (None, keep_open) if isinstance(keep_open, bool) else (keep_open, False)
     for plan in (triton.plan_token, cpu.plan_segments):
-        if (planned := plan(*given)) is not None:
+        planned = plan(shape, ids, writes, present, open_count, open_ids, tensor, everywhere)
+        if planned is not None:
             return planned
     everyone = torch.ones((), dtype=torch.bool, device=open_count.device)
     ids = torch.zeros_like(everyone, dtype=torch.int64).expand(shape) if ids is None else ids

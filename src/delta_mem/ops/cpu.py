@@ -224,18 +224,20 @@ def plan_segments(
     present: Tensor | None,
     open_count: Tensor,
     open_ids: Tensor,
-    keep_open: Tensor | bool,
+    keep_open: Tensor | None,
+    keep: bool,
 ) -> SegmentPlan | None:
-    """See `delta_mem.ops.plan_segments`; None for what it does not take."""
-    flags = None if isinstance(keep_open, bool) else keep_open
-    given = ids, writes, present, open_count, open_ids, flags
+    """See `delta_mem.ops.plan_segments`; without `keep_open`, `keep` is for all rows. None for what it does
+    not take.
+    """
+    given = ids, writes, present, open_count, open_ids, keep_open
     there = [x for x in given if x is not None]
     if not usable(there, 0) or not plannable(shape, *given):
         return None
     given = [x if x is None else x.contiguous() for x in given]
     plan = plan_room(open_count, shape[1])
     addresses = tuple(0 if x is None else x.data_ptr() for x in (*given, *plan))
-    _kernels().kernel("plan_segments", 0)(*addresses, keep_open is True, *shape)
+    _kernels().kernel("plan_segments", 0)(*addresses, keep, *shape)
     return SegmentPlan(*plan)
 
 

@@ -195,10 +195,10 @@ def _pointer(typing, address, offset, like):
     return types.CPointer(like.scalar)(address, types.int64, like), codegen
 
 
-def _pointer_to(kind):
+def _read_as(kind):
     @intrinsic
     def pointer(typing, address):
-        """What lies at an address, as numbers of one kind."""
+        """A pointer to the numbers at an address."""
 
         def codegen(context, builder, sig, args):
             return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
@@ -208,7 +208,7 @@ def _pointer_to(kind):
     return pointer
 
 
-_bytes, _integers, _floats = (_pointer_to(kind) for kind in (types.uint8, types.int64, types.float32))
+_bytes, _integers, _floats = (_read_as(kind) for kind in (types.uint8, types.int64, types.float32))
 
 
 @intrinsic

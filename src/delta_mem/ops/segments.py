@@ -49,19 +49,17 @@ class SegmentPlan:
 
 def plan_room(open_count: Tensor, tokens: int) -> list[Tensor]:
     """Tensors for the fields of a plan of so many tokens, in their order; what they hold is left open."""
-    by_row, by_token = (len(open_count),), (len(open_count), tokens)
-    new, flags = open_count.new_empty, {"dtype": torch.bool}
-    floats = {"dtype": torch.float32}
+    new, rows = open_count.new_empty, open_count.shape[0]  # not len(), which makes a symbol a number
     return [
-        new(by_row, **flags),
-        new(by_token),
-        new(by_token, **flags),
-        new(by_token, **flags),
-        new(by_row, **floats),
-        new((len(open_count), tokens + 1), **floats),
-        new(by_row, **flags),
-        new(by_row),
-        new(by_row),
+        new(rows, dtype=torch.bool),
+        new(rows, tokens),
+        new(rows, tokens, dtype=torch.bool),
+        new(rows, tokens, dtype=torch.bool),
+        new(rows, dtype=torch.float32),
+        new(rows, tokens + 1, dtype=torch.float32),
+        new(rows, dtype=torch.bool),
+        new(rows),
+        new(rows),
     ]
 
 

@@ -1,9 +1,10 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
-projections to its reads, and four and a sum back; a layer of a `Token` is one, or in a CUDA graph two, from
+projections to its reads, and four and a sum back; a layer of a `Token` is one, or of many queries two, from
 the layer's input to the corrections of its projections. All may be captured in a CUDA graph; under
-torch.compile each is one operator of the graph. `plan_token` says where segments end, for decoding.
+torch.compile each is one operator of the graph, a token's layer always two launches, which in a graph cost
+little. `plan_token` says where segments end, for decoding.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -38,8 +39,11 @@ MAX_RANK = 64
 # products do better.
 MAX_QUERIES = 2048
 
-# Queries up to which a layer of a `Token` is one launch where launches cost the processor's time.
+# Queries up to which one launch does all of a layer of a `Token`.
 ONE_LAUNCH = 512
+
+# Queries of a row, at most, for a `Token`: each program holds the row's states as a whole.
+MAX_WIDTH = 512
 
 
 def usable(tensors: Sequence[Tensor], rank: int) -> bool:
@@ -114,11 +118,10 @@ class Token(steps.Token):
             return False
         self._flags = _flags(segments, writes, mask)
         self._flags_at = _addresses(self._flags)
-        self._captured, self._z = _captured(), {}
+        self._z: dict[int, Tensor] = {}  # by the number of features: room for all layers' projections
         kind = None if segments is None else segments.kind
         # All that the kernels rely on, of what the layers have in common.
-        common = type(hidden), self.dtype, self.shape, self.device, _kind(writes), _kind(mask), kind
-        self._key = *common, self._captured
+        self._key = type(hidden), self.dtype, self.shape, self.device, _kind(writes), _kind(mask), kind
         return True
 
     def _prepare(
@@ -128,16 +131,16 @@ class Token(steps.Token):
         if launch is None:
             tensors = self._like, *step.packed, *before, *self._flags
             fits = _step_fits(tensors, step.rule)
-            launch = facts[self._key] = fits and _Launch(tensors, step.rule, step.scale, self._captured)
+            launch = facts[self._key] = fits and _Launch(tensors, step.rule, step.scale)
         if not launch:
             return None
         before, after, z = _addresses(before), _addresses(after), None
         if launch.projection is not None:
-            if launch.features not in self._z:  # room for all layers that have as many
+            if launch.features not in self._z:
                 self._z[launch.features] = launch.room(self._like)
             z = _address(self._z[launch.features])
         room, (to, bits) = self._room(launch.sizes)
-        bits |= launch.bits | _bits(before) | _bits(after)
+        bits |= launch.bits | _bits(before) | _bits((*after, z))
         return launch, (*launch.weights, *before, *self._flags_at, z), to, after, bits, room
 
     def _at(self, corrections: tuple[Tensor, ...]) -> tuple[tuple, int]:
@@ -169,7 +172,7 @@ class Token(steps.Token):
         bits |= _bits((start, to[0]))
         addresses = start, *given, to, *after
         if launch.projection is not None:
-            launch.project(addresses, bits)
+            launch.project(start, given[-1])
         launch.kernels[in_place].launch(launch.grid, addresses, launch.scale, bits)
         return corrections[in_place]
 
@@ -213,15 +216,15 @@ def plan_token(
     present: Tensor | None,
     open_count: Tensor,
     open_ids: Tensor,
-    keep_open: Tensor | bool,
+    keep_open: Tensor | None,
+    keep: bool,
 ) -> SegmentPlan | None:
-    """See `delta_mem.ops.plan_segments`; for one token, in one launch. None for what it does not take."""
-    flags = None if isinstance(keep_open, bool) else keep_open
-    given = ids, writes, present, open_count, open_ids, flags
+    """As `cpu.plan_segments`; for one token, in one launch."""
+    given = ids, writes, present, open_count, open_ids, keep_open
     there = [x for x in given if x is not None]
-    if shape[1] != 1 or not usable(there, 0) or not plannable(shape, *given):
+    if shape[1] != 1 or not usable(there, 0) or _transformed() or not plannable(shape, *given):
         return None
-    return SegmentPlan(*_plan_token(*given, keep_open is True))
+    return SegmentPlan(*_plan_token(*given, keep))
 
 
 def _kind(x: Tensor | None) -> tuple | None:
@@ -238,6 +241,7 @@ def _step_fits(tensors: tuple, rule: Rule) -> bool:
         and hidden.ndim == 3
         and hidden.shape[1] == 1
         and 0 < hidden.shape[0] * width <= MAX_QUERIES
+        and width <= MAX_WIDTH
         and hidden.shape[2] > 0
         and hidden.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and gate_bias.is_floating_point()
@@ -488,17 +492,17 @@ class _Launch:
     Args:
         tensors: the kernel's inputs: hidden, in_proj, gate_bias, deltas, state, open_sum, …
         rule, scale: see `steps.Step`.
-        captured: a graph is being captured, in which a launch costs little.
+        recorded: always two launches, of which the first projects.
 
     Attributes:
-        projection: the kernel that projects before the others do their work; None if they project.
-        kernels: two, of which the second corrects the first head in place.
+        projection: the kernel of the first launch, where there are two.
+        kernels: two for the other launch, of which the second corrects the first head in place.
         sizes: of the heads; `first`: numbers in the first head's output; `features`: those of `in_proj`.
         weights: addresses of in_proj, gate_bias and deltas; `bits`: of these.
         scale: as the kernel takes it.
     """
 
-    def __init__(self, tensors: tuple, rule: Rule, scale: float, captured: bool):
+    def __init__(self, tensors: tuple, rule: Rule, scale: float, recorded: bool = False):
         hidden, in_proj, gate_bias, deltas, state, open_sum, *_ = tensors
         batch, _, size = hidden.shape
         sizes = self.sizes = tuple(len(delta) for delta in deltas)
@@ -506,13 +510,13 @@ class _Launch:
         R = _cut(batch, rule.num_states, rule.rank).padded
         padded = 1 << (rule.num_states - 1).bit_length()
         z, self.projection, overlap = None, None, False
-        if captured or batch * rule.num_states * rule.rank > ONE_LAUNCH:
-            overlap, z = _overlaps(hidden), self.room(hidden)
+        if recorded or batch * rule.num_states * rule.rank > ONE_LAUNCH:
+            overlap, z = _overlaps(hidden), state  # of z's dtype
             rows, *cut, warps = _project_cut(batch, size)
             constants = size, self.features, rows, *cut, overlap
             self._grid = _ceil(self.features, rows), batch, 1
             self.projection = _kernel(kernels.project, (hidden, in_proj, z), constants, {"num_warps": warps})
-        rows, block, span, unroll, warps = _step_cut(batch, padded * R, z is not None)
+        rows, block, span, unroll, warps = _step_cut(batch, padded * R, R, z is not None)
         constants = rule.num_states, size, rule.rank, R, *rule[2:], sizes
         cut = padded, rows, block, span, unroll, overlap
         blocks = sum(_ceil(n, block) for n in sizes)
@@ -527,40 +531,35 @@ class _Launch:
         self.bits = _bits(self.weights)
 
     def room(self, hidden: Tensor) -> Tensor:
-        """Where a projection of `hidden` goes."""
+        """Where the projections of `hidden` go."""
         return hidden.new_empty(len(hidden), self.features, dtype=torch.float32)
 
-    def project(self, addresses: tuple, bits: int) -> None:
-        """Launches the projection; takes what the other kernels take."""
-        hidden, in_proj, z = addresses[0], addresses[1], addresses[_Z]
-        self.projection.launch(self._grid, (hidden, in_proj, z), (), bits)
-
-
-_Z = 14  # the place of `z` among the arguments of `kernels.step`
-
-
-def _captured() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+    def project(self, hidden: Any, z: Any) -> None:
+        """The first launch. Takes addresses."""
+        addresses = hidden, self.weights[0], z
+        self.projection.launch(self._grid, addresses, (), _bits(addresses))
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether launches on the device of x can wait for the one before them by themselves, in graphs too."""
+    """Whether a launch on the device of x can itself wait for the one before it, in a graph too."""
     return (
         x.is_cuda
-        and kernels.KNOWS_OVERLAP
         and torch.version.hip is None
         and torch.cuda.get_device_capability(x.device) == (9, 0)  # elsewhere nobody has looked
     )
 
 
-def _step_cut(batch: int, queries: int, projected: bool) -> tuple[int, int, int, int, int]:
+def _step_cut(batch: int, queries: int, padded: int, projected: bool) -> tuple[int, int, int, int, int]:
     """How one token's work is cut: `step`'s ROWS, BLOCK, SLICE and UNROLL, and warps.
 
-    From measurements on an H100. `queries` is the number of rows of all states, padded.
+    From measurements on an H100.
+
+    Args:
+        queries: rows of all states, padded; `padded`: of one.
+        projected: `project` went before. SLICE and UNROLL are then not used.
     """
     if projected:
-        return 4, max(32, min(256, 4096 // queries)), 16, 1, 4
+        return 4, max(32, min(256, 4096 // queries)), 1, 1, 4 if queries * padded <= 4096 else 16
     if batch > 4:
         return 2, max(128, 8192 // queries), max(16, 4096 // queries), 1, 8
     if queries <= 8:
@@ -812,14 +811,12 @@ def _step(
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
     to = tuple(hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas)
     after = torch.empty_like(state), None if open_sum is None else torch.empty_like(open_sum)
-    launch, hidden = _Launch(tensors, rule, scale, _captured()), hidden.contiguous()
+    launch, hidden = _Launch(tensors, rule, scale, recorded=True), hidden.contiguous()
     before = [x if x is None else x.contiguous() for x in tensors[4:]]
-    z = None if launch.projection is None else launch.room(hidden)
+    z = launch.room(hidden)
+    launch.project(_address(hidden), _address(z))
     addresses = _address(hidden), *launch.weights, *_addresses((*before, z, to, *after))
-    bits = _bits(addresses)
-    if z is not None:
-        launch.project(addresses, bits)
-    launch.kernels[False].launch(launch.grid, addresses, launch.scale, bits)
+    launch.kernels[False].launch(launch.grid, addresses, launch.scale, _bits(addresses))
     return [*to, *[x for x in after if x is not None]]
 
 

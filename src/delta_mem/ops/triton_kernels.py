@@ -22,8 +22,8 @@ token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where
 there is one chunk, no map, and the launch is a plain loop over the tokens.
 
 `activate` comes before, from a layer's projections, and `activate_backward` leads back to them. `step` takes
-one token, in one launch, from a layer's input to the corrections of its projections; where launches cost
-little, `project` goes before.
+one token, in one launch, from a layer's input to the corrections of its projections. Where launches cost
+little, `project` goes before and does a part of it, once for all of `step`'s programs.
 
 In the first three a program is one warp: nobody waits for another warp. A tile is [rank, lanes]; rank is
 padded to a power of two, R, and what lies beyond it is masked. Every sum is taken in one fixed order: equal
@@ -32,12 +32,11 @@ inputs give equal bits. Arithmetic is that of the state's dtype, float32 or floa
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # Triton 3.4: older ones lack more
 
 from .activation import NORM_EPS
 
 _EPS = tl.constexpr(NORM_EPS)
-# Whether this Triton knows of launches that begin before the one before them is through.
-KNOWS_OVERLAP = hasattr(tl.extra.cuda, "gdc_wait")
 # Sizes of inputs differ from call to call: no kernel is compiled again because one happens to be 1
 # or a multiple of 16.
 _SIZES = ["tokens", "states", "lanes", "chunk", "chunks"]
@@ -889,7 +888,7 @@ def _correct(
 def _wait(OVERLAP: tl.constexpr):
     """Until the launch before is through, if this one has not waited for it."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
 
 
 @triton.jit
@@ -910,10 +909,12 @@ def project(
         hidden, in_proj: as in `step`, in_proj [FEATURES, SIZE].
         z: float32 [batch, FEATURES].
         ROWS: features of a program. SLICE, UNROLL: as in `step`.
-        OVERLAP: the launch of `step` need not wait for this one: it does so itself, before it reads z.
+        OVERLAP: `step` is launched without waiting for this one: it does so itself, before it reads z.
     """
+    # This launch is not itself one that overlaps: when it begins, all before it is through. So `step` may
+    # read all but z before it waits, and the z of the layer before is no longer read.
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = at < FEATURES
@@ -981,7 +982,7 @@ def step(
         IN_PLACE: the first head's correction is added to what is there.
         PADDED: STATES, padded to a power of two.
         ROWS, BLOCK: see above.
-        SLICE: numbers of SIZE in a tile. UNROLL: tiles that are loaded together.
+        SLICE: numbers of SIZE in a tile. UNROLL: tiles that are loaded together. Of no meaning with `z`.
         OVERLAP: as in `project`.
     """
     unit = tl.program_id(0)
