@@ -389,7 +389,9 @@ def main() -> None:
 
     if args.only in (None, "backbone"):
         tokenizer = make_tokenizer(args.seed)
-        make_backbone(tokenizer, *stage).to(torch.bfloat16).save_pretrained(home)
+        backbone = make_backbone(tokenizer, *stage).to(torch.bfloat16)
+        backbone.generation_config.max_new_tokens = 32  # more than any reply it has seen
+        backbone.save_pretrained(home)
         tokenizer.save_pretrained(home)
     for name in ADAPTERS if args.only is None else {args.only} & ADAPTERS.keys():
         # As it is shipped: rounded to bfloat16, computed in float32.

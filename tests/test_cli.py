@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
 import delta_mem as dm
@@ -281,6 +283,35 @@ def test_chat_refuses(files, changed, says):
     assert says in refused("chat", *(word for pair in options.items() for word in pair), input="Hello.\n")
 
 
+@pytest.mark.parametrize("adapter", [(), ("--adapter", "msw")])
+def test_chat_with_the_model_that_comes_along(adapter):
+    lines = "My sister lives in Oslo.\nWhere does my sister live?\n"
+    assert "Oslo" in told("chat", "--model", "offline", *adapter, "--window", 1, input=lines).splitlines()[-1]
+
+
+def test_a_model_that_is_nowhere_is_one_line(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    line = refused("chat", "--model", "no/such-model", input="Hello.\n")
+    assert line == "Error: 'no/such-model' is neither a folder here nor to be had from the hub (no network)."
+
+
+def test_ctrl_c_while_a_command_starts_ends_it_without_a_word():
+    code = (
+        "import os, signal; from delta_mem.cli import common; common.leave_on_interrupt()\n"
+        "{}os.kill(os.getpid(), signal.SIGINT)"
+    )
+
+    def ended(code):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    at_once = ended(code.format(""))
+    assert (at_once.returncode, at_once.stdout, at_once.stderr) == (130, "", "")
+    assert "KeyboardInterrupt" in ended(code.format("common.catch_interrupts(); ")).stderr
+
+
 def test_broken_backbone_weights_are_one_line(files, tmp_path):
     shutil.copytree(files / "model", tmp_path / "model")
     truncate(tmp_path / "model" / "model.safetensors")
@@ -481,3 +512,21 @@ def test_demo_refuses_a_plot_that_it_cannot_draw(tmp_path, monkeypatch):
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr("delta_mem.offline.load_offline_model", None)  # it shows before anything is loaded
     assert "Is a directory" in refused("demo", "--plot", tmp_path / "folder.png")
+
+
+# ---- bench -----------------------------------------------------------------------------------------
+
+
+def test_bench_refuses_an_output_before_it_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr("delta_mem.benchmark.operator", None)
+    assert "no file can be written there" in refused("bench", "operator", "--output", tmp_path)
+    (tmp_path / "file").touch()
+    assert "File exists" in refused("bench", "operator", "--output", tmp_path / "file" / "rows.json")
+
+
+def test_bench_writes_its_rows(tmp_path, monkeypatch):
+    row = dict(name="forward", variant="naive", seconds=1.0, low=1.0, high=2.0, ratio=1.0, bytes=None)
+    monkeypatch.setattr("delta_mem.benchmark.operator", lambda device, rounds: iter([row]))
+    told("bench", "operator", "--device", "cpu", "--output", tmp_path / "new" / "rows.json")
+    written = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert written["rows"] == [{"part": "operator", **row}] and "torch" in written["machine"]

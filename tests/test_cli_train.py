@@ -249,22 +249,51 @@ def test_ctrl_c_in_a_terminal_leaves_a_run_to_go_on_with(files, tmp_path):
     assert weights(output)
 
 
-def test_a_second_ctrl_c_does_not_wait_unless_there_are_other_processes():
+def test_a_second_ctrl_c_does_not_wait_unless_there_are_other_processes(capfd):
     for processes, number, waits in (
         (1, signal.SIGINT, False),
         (1, signal.SIGTERM, True),
         (2, signal.SIGINT, True),
     ):
-        stop = StopOnSignal()
+        stop = StopOnSignal(loud=True)
         with stop:
             stop.on_train_begin(SimpleNamespace(world_size=processes), None, None)
             signal.raise_signal(number)
             assert stop.asked
+            told = capfd.readouterr().err
+            assert "Finishing this step, then saving." in told
+            assert ("Ctrl-C again" in told) == (processes == 1)
             if waits:
                 signal.raise_signal(number)
             else:
                 with pytest.raises(KeyboardInterrupt):
                     signal.raise_signal(number)
+            assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("save_every", [2, 100])
+def test_a_run_stopped_at_once_says_what_is_left(train, tmp_path, monkeypatch, save_every):
+    def impatient(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", impatient)
+    result = train("--save-every", save_every)
+    assert result.exit_code == 130 and result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    if save_every == 100:
+        assert last == "Stopped at once, without saving; there was no checkpoint yet."
+    else:
+        assert f"without saving; {tmp_path / 'run' / 'checkpoint-2'} is left. Go on with: delta-mem" in last
+
+
+def test_going_on_with_other_data_is_told(train, files, tmp_path):
+    done(train("--steps", 1))
+    shutil.copy(files / "train.jsonl", files / "other.jsonl")
+    again = done(train("--steps", 2, "--resume", data="other.jsonl"))
+    assert f"was trained on {files / 'train.jsonl'} so far, and goes on with" in again.stderr
+    assert "so far" not in done(train("--steps", 3, "--resume", data="other.jsonl")).stderr
 
 
 def test_an_output_folder_is_not_written_over(train, tmp_path):

@@ -39,7 +39,7 @@ def stand_ins(monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     hub, work = tmp_path / "hub", tmp_path / "work"
     dm.DeltaMemModel(load("any")).save_pretrained(hub)
-    monkeypatch.setattr(checkpoint, "_download", lambda name, options: hub)
+    monkeypatch.setattr(checkpoint, "download", lambda name, files: hub)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     work.mkdir()
     monkeypatch.chdir(work)

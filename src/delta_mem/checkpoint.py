@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .config import HEADS, DeltaMemConfig
 from .errors import AdapterFormatError
-from .files import check_header, checksum, read_json, write_atomically
+from .files import check_header, checksum, download, read_json, write_atomically
 
 if TYPE_CHECKING:
     from .model import DeltaMemModel
@@ -148,7 +148,7 @@ def load_adapter(path: str | os.PathLike, **hub_kwargs: Any) -> Adapter:
     if not folder.is_dir():
         if folder.is_absolute() or folder.exists() or len(folder.parts) > 2:
             raise FileNotFoundError(f"{path}: no such folder.")
-        folder = _download(os.fspath(path), hub_kwargs)
+        folder = download(os.fspath(path), [CONFIG_FILE, WEIGHTS_FILE, OFFICIAL_WEIGHTS_FILE], **hub_kwargs)
     config_file = folder / CONFIG_FILE
     if not config_file.exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is not a delta-mem adapter.")
@@ -433,20 +433,6 @@ def save_official(adapter: Adapter, path: str | os.PathLike) -> None:
 
 
 # ---- the hub ---------------------------------------------------------------------------------------
-
-
-def _download(repo_id: str, hub_kwargs: dict[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    files = [CONFIG_FILE, WEIGHTS_FILE, OFFICIAL_WEIGHTS_FILE]
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=files, **hub_kwargs))
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder here nor to be had from the hub ({reason})."
-        ) from None
 
 
 def push_to_hub(

@@ -38,6 +38,24 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         raise
 
 
+def download(repo_id: str, files: Iterable[str], **hub_kwargs: Any) -> Path:
+    """The folder of a hub repository's `files`, those of them that it has.
+
+    Raises:
+        FileNotFoundError: no such repository, or no network and nothing kept from an earlier time.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(files), **hub_kwargs))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a folder here nor to be had from the hub ({reason})."
+        ) from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -11,6 +11,7 @@ def main() -> None:
     """Entry point of the `delta-mem` script."""
     try:
         from .app import app
+        from .common import leave_on_interrupt
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("typer", "rich"):
@@ -19,4 +20,5 @@ def main() -> None:
     # A terminal that cannot show a character, or a byte that is no UTF-8, is no reason to end a chat.
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+    leave_on_interrupt()
     app()

@@ -39,7 +39,7 @@ def root(
     """δ-mem: an online memory for frozen language models.
 
     Chat with a model that keeps what left its context in a few kilobytes, and look into adapters and
-    memories. `delta-mem demo` shows the memory at work, offline, in seconds.
+    memories. `delta-mem demo` shows the memory at work, offline, in a minute.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .common import err, out, size
+from .common import err, out, size, user_errors
 
 
 class Part(str, Enum):
@@ -37,7 +38,13 @@ def bench(
     import torch
 
     from .. import benchmark
+    from ..files import write_atomically
 
+    if output is not None:
+        with user_errors():  # a wrong path shows here, before the minutes that measuring takes
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if output.is_dir() or not os.access(output.parent, os.W_OK):
+                raise ValueError(f"--output {output}: no file can be written there.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     about = benchmark.machine(device)
@@ -55,7 +62,7 @@ def bench(
         out.print(_table(name.value, found))
         rows += found
     if output is not None:
-        output.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        write_atomically(output, json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
         err.print(f"Wrote {output}.")
 
 

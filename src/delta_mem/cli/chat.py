@@ -18,9 +18,11 @@ from rich.text import Text
 
 from .common import (
     Dtype,
+    catch_interrupts,
     complain,
     err,
     facts_table,
+    find_model,
     layer_grid,
     load_backbone,
     out,
@@ -41,7 +43,11 @@ def chat(
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", metavar="NAME", help="The backbone: a folder, or a hub id.", show_default=False
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="The backbone: a folder, a hub id, or 'offline', the small model that comes with delta-mem.",
+            show_default=False,
         ),
     ],
     adapter: Annotated[
@@ -50,7 +56,8 @@ def chat(
             "--adapter",
             "-a",
             metavar="NAME",
-            help="Its adapter: a folder, or a hub id. Without one, an untrained adapter stands in.",
+            help="Its adapter: a folder, or a hub id; tsw, ssw or msw of the offline model. Without one, an "
+            "untrained adapter stands in.",
             show_default=False,
         ),
     ] = None,
@@ -83,7 +90,12 @@ def chat(
             metavar="NAME", help="The backbone's: float32, bfloat16, float16; auto: as it was saved."
         ),
     ] = Dtype.auto,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest reply, in tokens.")] = 512,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Longest reply, in tokens.", show_default="the model's own, or 512"
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -98,11 +110,13 @@ def chat(
 
     Example: delta-mem chat -m Qwen/Qwen3-4B -a my-adapter --session ada
     """
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if temperature is not None:
         options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with user_errors():
         messages = None if window is None else parse_window(window)
+        own = {Path(folder).name: folder for folder in find_model(model)[1]}
+        adapter = own.get(adapter, adapter) if adapter else next(iter(own.values()), None)
         with _loading(model):
             resume = session is not None and _holds_chat(session)
             loaded, tokenizer = _load(model, adapter, device, dtype)
@@ -238,6 +252,7 @@ class Conversation:
         from jinja2 import TemplateError
         from torch import OutOfMemoryError
 
+        catch_interrupts()
         for line in self._lines():
             if line.strip() == "/quit":
                 return

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import signal
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -22,6 +24,10 @@ err = Console(stderr=True, highlight=False)
 BARS = " ▁▂▃▄▅▆▇█"
 # Control characters (but newline and tab) would let a model's words drive the terminal.
 _CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+OFFLINE = "offline"  # the model that comes with the package
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended, as of any program
 
 
 class Dtype(str, Enum):
@@ -53,6 +59,29 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         complain(error)
         raise typer.Exit(1) from None
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------
+
+
+def leave_on_interrupt() -> None:
+    """From here on Ctrl-C ends the process at once.
+
+    While a command starts: an import that is broken off complains of a broken installation.
+    """
+    signal.signal(signal.SIGINT, _leave)
+
+
+def catch_interrupts() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt again, for what knows how to stop."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: Any) -> None:
+    if err.is_terminal:
+        os.write(2, b"\x1b[?25h\n")  # a spinner hides the cursor
+    os._exit(INTERRUPTED)
 
 
 # ---- showing things --------------------------------------------------------------------------------
@@ -115,11 +144,20 @@ def _finite(value: float | None) -> bool:
 # ---- loading ---------------------------------------------------------------------------------------
 
 
+def find_model(name: str) -> tuple[str, list[str]]:
+    """Where a backbone is, a folder or a hub id, and the adapters that come with it."""
+    if name != OFFLINE or Path(name).exists():
+        return name, []
+    from ..offline import ADAPTERS, FOLDER
+
+    return str(FOLDER / "backbone"), [str(FOLDER / adapter) for adapter in ADAPTERS]
+
+
 def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) of a local folder or a hub id.
+    """(model, tokenizer) of a local folder, a hub id, or `OFFLINE`.
 
     Raises:
-        FileNotFoundError: a path that is not there.
+        FileNotFoundError: a path that is not there, or neither that nor a repository on the hub.
         ValueError, OSError: it cannot be loaded, or there is no such device.
     """
     import torch
@@ -127,16 +165,21 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from ..files import download
+
     logging.set_verbosity_error()
+    folder, _ = find_model(name)
     # Without this, a mistyped path is looked for on the hub, offline for more than a minute.
-    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"{name}: no such folder.")
+    if not Path(folder).is_dir():
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder):
+            raise FileNotFoundError(f"{folder}: no such folder.")
+        download(folder, ["config.json"])
     target = _device(device)
-    if Path(name).is_dir():
+    if Path(folder).is_dir():
         logging.disable_progress_bar()  # a local file loads in the time that the status line shows
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype.value, "auto"))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype.value, "auto"))
         # A quantized model is where its quantizer put it.
         return (model if getattr(model, "is_quantized", False) else model.to(target)), tokenizer
     except (SafetensorError, ImportError, torch.OutOfMemoryError) as error:

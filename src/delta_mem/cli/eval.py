@@ -24,15 +24,23 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .common import Dtype, complain, err, load_backbone, out, plural
+from .common import (
+    INTERRUPTED,
+    Dtype,
+    catch_interrupts,
+    complain,
+    err,
+    find_model,
+    load_backbone,
+    out,
+    plural,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.systems import System, SystemOptions
     from ..evaluation.tasks import Example, Task
 
-OFFLINE = "offline"  # the model that comes with the package
 SETTINGS_FILE = "settings.json"
-INTERRUPTED = 130
 SHOWN_PROBLEMS = 20  # of rows that cannot be used; the rest are counted
 
 
@@ -166,7 +174,7 @@ def evaluate(
 
         chosen = {task.spec: task for task in map(parse, tasks)}
         files = parse_data(data or [], chosen)
-        backbone_name, default = _model(model)
+        backbone_name, default = find_model(model)
         if default and dtype is Dtype.auto:
             dtype = Dtype.float32  # it is saved in half of that, to be small
         adapters = parse_adapters(adapter or default)
@@ -201,6 +209,7 @@ def evaluate(
 
     from torch import OutOfMemoryError
 
+    catch_interrupts()
     try:
         with _user_errors(process):
             predictions = Predictions(output, process.rank)
@@ -276,15 +285,6 @@ def parse_data(values: Sequence[str], tasks: Mapping[str, Task]) -> dict[str, Pa
             raise FileNotFoundError(f"--data {file}: no such file.")
         files[name] = Path(file)
     return files
-
-
-def _model(name: str) -> tuple[str, list[str]]:
-    """Where a backbone is, and the adapters that come with it."""
-    if name != OFFLINE or Path(name).exists():
-        return name, []
-    from ..offline import ADAPTERS, FOLDER
-
-    return str(FOLDER / "backbone"), [str(FOLDER / adapter) for adapter in ADAPTERS]
 
 
 def _examples(task: Task, data: Path | None, limit: int | None, seed: int) -> list[Example]:

@@ -24,14 +24,13 @@ import typer
 from rich.console import Console
 
 from ..config import DeltaMemConfig
-from .common import Dtype, complain, err, load_backbone, out, plural
+from .common import INTERRUPTED, Dtype, complain, err, load_backbone, out, plural
 
 if TYPE_CHECKING:
     from ..model import DeltaMemModel
     from ..training import MemoryTrainer, MemoryTrainingArguments
 
 RECIPE_FILE = "recipe.yaml"
-INTERRUPTED = 130
 SHOWN_PROBLEMS = 20  # of lines that cannot be used; the rest are counted
 
 
@@ -310,6 +309,8 @@ def train(
         checkpoint = _check_output(output, resume, loud)
         if checkpoint is not None:
             _check_same_adapter(checkpoint, adapter)
+            if loud:
+                _warn_of_other_data(output, settings)
         loaded, tokenizer = _load(settings, adapter, arguments)
         if checkpoint is not None:
             load_weights(loaded, load_adapter(checkpoint))  # that it fits shows before the recipe is written
@@ -322,7 +323,7 @@ def train(
             episodes = episodes.endless(seed)
         from .train_callbacks import ProgressBar, StopOnSignal
 
-        bar, stop = ProgressBar(), StopOnSignal()
+        bar, stop = ProgressBar(), StopOnSignal(loud)
         trainer = _trainer(loaded, arguments, episodes, held_out, tokenizer, [stop, bar] if loud else [stop])
         if loud:
             write_recipe(output / RECIPE_FILE, settings)
@@ -330,13 +331,18 @@ def train(
     if loud:
         count = "" if streaming else f"{plural(len(episodes), 'episode')}, "
         err.print(f"{count}{plural(loaded.get_nb_trainable_parameters()[0], 'parameter')} to train.")
-    with _training_errors(), bar, stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        _check_trained(trainer)
-        if not stop.stopped:
-            if held_out is not None and not _evaluated(trainer.state):
-                trainer.evaluate()
-            trainer.save_model(str(output))
+    try:
+        with _training_errors(), bar, stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            _check_trained(trainer)
+            if not stop.stopped:
+                if held_out is not None and not _evaluated(trainer.state):
+                    trainer.evaluate()
+                trainer.save_model(str(output))
+    except KeyboardInterrupt:
+        if loud:
+            _say_what_is_left(output)
+        raise typer.Exit(INTERRUPTED) from None
     if streaming:
         skipped.tell_count()
     if stop.stopped:
@@ -387,6 +393,17 @@ def _adapter_config(context: typer.Context, settings: Mapping[str, Any]) -> Delt
     if given:
         raise ValueError(f"--init-from brings the adapter's own settings; leave {', '.join(given)} out.")
     return load_adapter(settings["init_from"]).config
+
+
+def _warn_of_other_data(output: Path, settings: Mapping[str, Any]) -> None:
+    """A run may go on with other data, but hardly without knowing."""
+    import yaml
+
+    with contextlib.suppress(OSError, yaml.YAMLError):  # a run need not have a recipe
+        before = (yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8")) or {}).get("data")
+        now = _plain(settings["data"])
+        if before is not None and before != now:
+            _warn(f"{output} was trained on {', '.join(before)} so far, and goes on with {', '.join(now)}")
 
 
 def _check_same_adapter(checkpoint: str, config: DeltaMemConfig) -> None:
@@ -568,12 +585,21 @@ def _evaluated(state: Any) -> bool:
 
 
 def _say_how_to_go_on(output: Path, step: int) -> None:
+    saved = output / f"checkpoint-{step}"
+    err.print(f"Stopped after step {step}, saved as {saved}. {_again(output)}", markup=False, soft_wrap=True)
+
+
+def _say_what_is_left(output: Path) -> None:
+    from ..training import last_checkpoint
+
+    checkpoint = last_checkpoint(output, lambda report: None)
+    left = "there was no checkpoint yet." if checkpoint is None else f"{checkpoint} is left. {_again(output)}"
+    err.print(f"Stopped at once, without saving; {left}", markup=False, soft_wrap=True)
+
+
+def _again(output: Path) -> str:
     again = shlex.join(["delta-mem", "train", "--config", str(output / RECIPE_FILE), "--resume"])
-    err.print(
-        f"Stopped after step {step}, saved as {output / f'checkpoint-{step}'}. Go on with: {again}",
-        markup=False,
-        soft_wrap=True,
-    )
+    return f"Go on with: {again}"
 
 
 # ---- settings --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Apart from `train.py`, because it needs transformers, for which `delta-mem --hel
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -79,11 +80,15 @@ class StopOnSignal(TrainerCallback):
     In a run of several processes, all stop at the same step, whichever was told first. A single process that
     is told a second time does not wait.
 
+    Args:
+        loud: says so on stderr.
+
     Attributes:
         stopped: training was ended before its last step.
     """
 
-    def __init__(self):
+    def __init__(self, loud: bool):
+        self.loud = loud
         self.asked = self.stopped = False
         self.alone = True
 
@@ -101,6 +106,10 @@ class StopOnSignal(TrainerCallback):
         # torchrun passes on a Ctrl-C that the terminal has sent to its processes already.
         if self.asked and self.alone and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.loud and not self.asked:
+            more = " Ctrl-C again stops at once, without saving." if self.alone else ""
+            # Not through `err`, which a signal may find in the middle of a line.
+            os.write(2, f"\nFinishing this step, then saving.{more}\n".encode())
         self.asked = True
 
     def on_train_begin(self, args, state, control, **kwargs):
