@@ -298,6 +298,11 @@ def test_a_model_that_is_nowhere_is_one_line(monkeypatch):
     assert line == "Error: 'no/such-model' is neither a folder here nor to be had from the hub (no network)."
 
 
+def test_the_package_runs_as_a_module():
+    shown = subprocess.run([sys.executable, "-m", "delta_mem", "--version"], capture_output=True, text=True)
+    assert shown.stdout == f"delta-mem {dm.__version__}\n"
+
+
 def test_ctrl_c_while_a_command_starts_ends_it_without_a_word():
     code = (
         "import os, signal; from delta_mem.cli import common; common.leave_on_interrupt()\n"
@@ -492,6 +497,7 @@ def test_demo_shows_a_fact_remembered_with_the_history_gone(tmp_path):
     }
     assert shares["no"] == "0%"
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    assert all(line.count("–") == 5 for line in lines if line.startswith("δ-mem"))  # nothing is wrapped
     assert (tmp_path / "recall.png").stat().st_size > 1000
 
 

@@ -499,40 +499,43 @@ class DeltaMemModel(nn.Module):
             return
         if not isinstance(memory, MemoryState):
             raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}.")
+        misfit = self._misfit(memory, batch_size)
+        # The very string that this model stamped needs no second look at all the weights.
+        stamped = self._fingerprint is not None and memory.adapter is self._fingerprint[1]
+        known = stamped or memory.adapter is None or self.training
+        if not known and memory.adapter != self.fingerprint():
+            raise IncompatibleMemoryError(
+                f"the memory was written by another adapter (fingerprint {memory.adapter[:12]}, this one "
+                f"is {self.fingerprint()[:12]}); a memory means nothing to any but its own."
+                + ("" if misfit is None else f" And {misfit}")
+            )
+        if misfit is not None:
+            raise IncompatibleMemoryError(misfit)
+
+    def _misfit(self, memory: MemoryState, batch_size: int) -> str | None:
+        """What about `memory`'s form this adapter cannot go on with, at this batch size."""
         adapters = self._coupling.adapters
         if memory.layers.keys() != adapters.keys():
-            raise IncompatibleMemoryError(
-                f"the memory has layers {list(memory.layers)}, the adapter {list(adapters)}."
-            )
+            return f"the memory has layers {list(memory.layers)}, the adapter {list(adapters)}."
         if memory.batch_size != batch_size:
-            raise IncompatibleMemoryError(
-                f"the memory has {memory.batch_size} row(s), the input {batch_size}."
-            )
+            return f"the memory has {memory.batch_size} row(s), the input {batch_size}."
         config = self.delta_config
         size = (batch_size, config.num_states, config.rank, config.rank)
         for index, state in memory.layers.items():
             if state.shape != size or state.dtype is not torch.float32:
-                raise IncompatibleMemoryError(
+                return (
                     f"the memory's layer {index} is {state.dtype} {list(state.shape)}, the adapter "
                     f"needs float32 {list(size)}."
                 )
             device = adapters[index].device
             if state.device != device:
-                raise IncompatibleMemoryError(
+                return (
                     f"the memory's layer {index} is on {state.device}, the adapter on {device}; "
                     "use model.place(memory)."
                 )
         if (memory.open_segment is None) != (config.write == "token"):
-            raise IncompatibleMemoryError(f"the memory is not one of write={config.write!r}.")
-        # The very string that this model stamped needs no second look at all the weights.
-        stamped = self._fingerprint is not None and memory.adapter is self._fingerprint[1]
-        if stamped or memory.adapter is None or self.training:
-            return
-        if memory.adapter != self.fingerprint():
-            raise IncompatibleMemoryError(
-                f"the memory was written by another adapter (fingerprint {memory.adapter[:12]}, this one "
-                f"is {self.fingerprint()[:12]}); a memory means nothing to any but its own."
-            )
+            return f"the memory is not one of write={config.write!r}."
+        return None
 
 
 def _new_adapter(layer: Any, config: DeltaMemConfig) -> DeltaMemory:

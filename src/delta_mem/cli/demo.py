@@ -154,7 +154,10 @@ def _recall_table(recall: dict[str, dict[int, Cell]]) -> Table:
     for facts in FACTS:
         table.add_column(str(facts), justify="right")
     for name, cells in recall.items():
-        shares = (f"{share:.0%} [dim]{low:.0%}–{high:.0%}[/dim]" for share, low, high in cells.values())
+        # In few words: with all its columns the table is to fit into 80.
+        shares = (
+            f"{share:.0%} [dim]{low * 100:.0f}–{high * 100:.0f}[/dim]" for share, low, high in cells.values()
+        )
         table.add_row(NAMES[name], *shares)
     return table
 
