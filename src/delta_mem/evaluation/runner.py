@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import threading
 import time
@@ -107,6 +108,13 @@ def _mend(path: Path) -> None:
                 file.truncate(data.rfind(b"\n") + 1)
 
 
+WARM_UP = [
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "How are you?"},
+]
+
+
 def predict(
     system: System,
     name: str,
@@ -125,8 +133,14 @@ def predict(
         predictions: where what is answered is looked up and added.
         advance: told of every batch that is done, by its number of questions.
     """
+    blocks = _blocks(name, task, examples, predictions, BATCHES_AT_ONCE * system.batch_size)
+    first = next(blocks, None)
+    if first is None:
+        return
+    # What is loaded and compiled once is no question's cost.
+    system.answer(system.keep([WARM_UP[:2]]), [0], [WARM_UP[2]["content"]], [1])
     with PeakMemory(system.model.device) as memory:
-        for block in _blocks(name, task, examples, predictions, BATCHES_AT_ONCE * system.batch_size):
+        for block in itertools.chain([first], blocks):
             _predict_block(system, name, task, block, predictions, memory, advance)
 
 
