@@ -115,7 +115,7 @@ def chat(
         options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with user_errors():
         messages = None if window is None else parse_window(window)
-        own = {Path(folder).name: folder for folder in find_model(model)[1]}
+        own = {Path(folder).name: folder for folder in find_model(model, dtype)[1]}
         adapter = own.get(adapter, adapter) if adapter else next(iter(own.values()), None)
         with _loading(model):
             resume = session is not None and _holds_chat(session)

@@ -21,13 +21,11 @@ from rich.text import Text
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+OFFLINE = "offline"  # the model that comes with the package
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended, as of any program
 BARS = " ▁▂▃▄▅▆▇█"
 # Control characters (but newline and tab) would let a model's words drive the terminal.
 _CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-OFFLINE = "offline"  # the model that comes with the package
-INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended, as of any program
 
 
 class Dtype(str, Enum):
@@ -144,13 +142,15 @@ def _finite(value: float | None) -> bool:
 # ---- loading ---------------------------------------------------------------------------------------
 
 
-def find_model(name: str) -> tuple[str, list[str]]:
-    """Where a backbone is, a folder or a hub id, and the adapters that come with it."""
+def find_model(name: str, dtype: Dtype) -> tuple[str, list[str], Dtype]:
+    """Where a backbone is (a folder or a hub id), the adapters that come with it, and its dtype."""
     if name != OFFLINE or Path(name).exists():
-        return name, []
+        return name, [], dtype
     from ..offline import ADAPTERS, FOLDER
 
-    return str(FOLDER / "backbone"), [str(FOLDER / adapter) for adapter in ADAPTERS]
+    if dtype is Dtype.auto:
+        dtype = Dtype.float32  # it is saved in half of that, to be small
+    return str(FOLDER / "backbone"), [str(FOLDER / adapter) for adapter in ADAPTERS], dtype
 
 
 def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
@@ -168,7 +168,7 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     from ..files import download
 
     logging.set_verbosity_error()
-    folder, _ = find_model(name)
+    folder, _, dtype = find_model(name, dtype)
     # Without this, a mistyped path is looked for on the hub, offline for more than a minute.
     if not Path(folder).is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder):

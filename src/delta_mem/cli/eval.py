@@ -174,9 +174,7 @@ def evaluate(
 
         chosen = {task.spec: task for task in map(parse, tasks)}
         files = parse_data(data or [], chosen)
-        backbone_name, default = find_model(model)
-        if default and dtype is Dtype.auto:
-            dtype = Dtype.float32  # it is saved in half of that, to be small
+        backbone_name, default, dtype = find_model(model, dtype)
         adapters = parse_adapters(adapter or default)
         options = SystemOptions(
             adapters=adapters,

@@ -400,9 +400,10 @@ def _warn_of_other_data(output: Path, settings: Mapping[str, Any]) -> None:
     import yaml
 
     with contextlib.suppress(OSError, yaml.YAMLError):  # a run need not have a recipe
-        before = (yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8")) or {}).get("data")
+        recipe = yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8"))
+        before = recipe.get("data") if isinstance(recipe, dict) else None
         now = _plain(settings["data"])
-        if before is not None and before != now:
+        if isinstance(before, list) and before != now:
             _warn(f"{output} was trained on {', '.join(before)} so far, and goes on with {', '.join(now)}")
 
 

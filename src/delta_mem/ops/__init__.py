@@ -285,9 +285,9 @@ def plan_segments(
             token that is not present does not write, whatever `writes` says.
         open_count, open_ids, keep_open: see `segments.plan`; one bool is for all rows.
     """
-    tensor, everywhere = (None, keep_open) if isinstance(keep_open, bool) else (keep_open, False)
+    by_row, keep = (None, keep_open) if isinstance(keep_open, bool) else (keep_open, False)
     for plan in (triton.plan_token, cpu.plan_segments):
-        planned = plan(shape, ids, writes, present, open_count, open_ids, tensor, everywhere)
+        planned = plan(shape, ids, writes, present, open_count, open_ids, by_row, keep)
         if planned is not None:
             return planned
     everyone = torch.ones((), dtype=torch.bool, device=open_count.device)
