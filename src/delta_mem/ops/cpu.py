@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ class Token(steps.Token):
 
     def _begin(
         self, hidden: Tensor, writes: Tensor | None, mask: Tensor | None, segments: SegmentPlan | None
-    ) -> bool:
+    ) -> tuple | None:
         batch = hidden.shape[0] if hidden.ndim == 3 else 0
         if (
             not usable((hidden,), 0)
@@ -148,73 +148,63 @@ class Token(steps.Token):
             or not (writes is None or _are_flags(writes, batch, 1))
             or not (mask is None or _are_flags(mask, batch, 1))
         ):
-            return False
+            return None
         self._name = "step"
         self._by_row = *_by_row(mask), *_by_row(writes)
+        self._last = (batch,)
         if segments is not None:
             planned = _planned(segments, (batch, 1))
             if planned is None:
-                return False
-            self._name, self._by_row, self._plan = "step_segments", _by_row(mask), planned
-        return True
+                return None
+            self._name, self._by_row, self._last = "step_segments", _by_row(mask), (*planned, batch)
+        return self._name, self.shape
 
-    def _prepare(
-        self, step: steps.Step, facts: dict, before: steps.Carried, after: steps.Carried
-    ) -> tuple | None:
-        (state, open_sum), (state_after, sum_after) = before, after
-        if "cpu" not in facts:
-            facts["cpu"] = _find_out(step)
-        facts = facts["cpu"]
-        if facts is None or self.shape[2] != facts.size:
+    def _find_out(self, step: steps.Step) -> tuple | None:
+        in_proj, gate_bias, *deltas = step.weights
+        states, rank = step.rule[:2]
+        if (
+            rank > MAX_RANK
+            or not 0 < len(deltas) <= MAX_HEADS
+            or not all(_is_plain_float32(x) for x in step.weights)
+            or not all(delta.shape == (len(delta), states * rank) for delta in deltas)
+        ):
             return None
-        given = state.data_ptr(), state_after.data_ptr(), *self._by_row
-        if open_sum is not None:
-            given += sum_after.data_ptr(), open_sum.data_ptr(), *self._plan
-        kernel = facts.kernels.get(self._name)
-        if kernel is None:  # not both at once: to compile takes seconds
-            kernel = facts.kernels[self._name] = _kernels().kernel(self._name, step.rule.rank)
-        room, to = self._room(facts.sizes)
-        first = self.shape[0] * facts.sizes[0]
-        return kernel, (facts.layer, step.scale), (*given, self.shape[0]), to, first, room
+        features, gates, flags = _layout(step.rule)
+        if in_proj.shape != (features, self.shape[2]) or gate_bias.shape != (gates,):
+            return None
+        absent = (0,) * (MAX_HEADS - len(deltas))
+        heads = [number for delta in deltas for number in (delta.data_ptr(), len(delta))]
+        fixed = in_proj.data_ptr(), gate_bias.data_ptr(), *flags, states, self.shape[2]
+        layer = np.array((*fixed, *heads, *absent, *absent), dtype=np.int64)  # as the kernels take it
+        sizes = tuple(len(delta) for delta in deltas)
+        kernel = _kernels().kernel(self._name, rank)
+        return kernel, (layer, step.scale), sizes, self.shape[0] * sizes[0]
+
+    def _carry(self, states, sums, states_after, sums_after) -> None:
+        self._states = list(zip(*map(_addresses, (states, states_after)), strict=True))
+        self._sums = [()] * len(states)
+        if sums[0] is not None:
+            self._sums = list(zip(*map(_addresses, (sums_after, sums)), strict=True))
 
     def _at(self, corrections: tuple[Tensor, ...]) -> tuple[int, ...]:
-        return (*[x.data_ptr() for x in corrections], *(0,) * (MAX_HEADS - len(corrections)))
+        return (*_addresses(corrections), *(0,) * (MAX_HEADS - len(corrections)))
 
     def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
-        prepared = self._layers.get(layer)
-        if prepared is None or not _is_plain_float32(hidden) or hidden.shape != self.shape:
+        taken = self._layers.get(layer)
+        if taken is None or not _is_plain_float32(hidden) or hidden.shape != self.shape:
             return None
-        kernel, own, given, to, first, corrections = prepared
+        place, (kernel, own, sizes, first) = taken
+        corrections, to = self._room(sizes)
         in_place = output is not None and _is_plain_float32(output) and output.numel() == first
         if in_place:
             to = (output.data_ptr(), *to[1:])
+        given = *self._states[place], *self._by_row, *self._sums[place], *self._last
         kernel(*own, hidden.data_ptr(), *given, in_place, to)
         return corrections[in_place]
 
 
-def _find_out(step: steps.Step) -> SimpleNamespace | None:
-    """What the kernels need to know of a layer's weights; None if they do not take them."""
-    in_proj, gate_bias, *deltas = step.weights
-    states, rank = step.rule[:2]
-    if (
-        rank > MAX_RANK
-        or not 0 < len(deltas) <= MAX_HEADS
-        or not all(_is_plain_float32(x) for x in step.weights)
-        or not all(delta.shape == (len(delta), states * rank) for delta in deltas)
-    ):
-        return None
-    features, gates, flags = _layout(step.rule)
-    if in_proj.shape[:-1] != (features,) or gate_bias.shape != (gates,):
-        return None
-    absent = (0,) * (MAX_HEADS - len(deltas))
-    heads = [number for delta in deltas for number in (delta.data_ptr(), len(delta))]
-    fixed = in_proj.data_ptr(), gate_bias.data_ptr(), *flags, states, in_proj.shape[1]
-    return SimpleNamespace(
-        size=in_proj.shape[1],
-        sizes=tuple(len(delta) for delta in deltas),
-        layer=np.array((*fixed, *heads, *absent, *absent), dtype=np.int64),  # as the kernels take it
-        kernels={},
-    )
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def plan_segments(

@@ -9,7 +9,7 @@ of which each then does little more than start its kernel.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -39,47 +39,31 @@ class Step:
     ):
         self.packed, self.scale, self.rule = (in_proj, gate_bias, deltas), scale, rule
         self.weights = (in_proj, gate_bias, *deltas)
-        states, rank = rule.num_states, rule.rank
-        self._carried = (states, rank, rank), (sum(rule.sections.values()) - states * rank,)
-
-    def fits(self, carried: Carried, batch: int, device: int) -> bool:
-        """Whether state and sums are as kernels believe, for a hidden of that batch on that device."""
-        return all(
-            x is None
-            or (
-                type(x) in PLAIN
-                and x.dtype is torch.float32
-                and x.shape == (batch, *shape)
-                and x.get_device() == device
-                and x.is_contiguous()
-            )
-            for x, shape in zip(carried, self._carried, strict=True)
-        )
 
 
 class Steps:
     """The layers' weights, and what backends have found out about them, as long as these are what they were.
 
     Args:
-        layers: {layer: its `Step`}.
+        layers: {layer: its `Step`}, all of one rule.
     """
 
     def __init__(self, layers: dict[int, Step]):
         self.layers = layers
         self._weights = [weight for step in layers.values() for weight in step.weights]
-        self._found: tuple[tuple, dict[int, dict]] | None = None  # of the weights what is compared; facts
+        self._found: tuple[tuple, dict] | None = None  # of the weights what is compared; facts
 
-    def facts(self) -> dict[int, dict]:
-        """{layer: where backends note what they find out}; all empty once weights were moved or changed."""
+    def facts(self) -> dict:
+        """Where backends note what they find out; empty once weights were moved or changed."""
         weights, found = self._weights, self._found
         now = (
-            [x.data_ptr() for x in weights],
+            list(map(Tensor.data_ptr, weights)),
+            list(map(Tensor.is_contiguous, weights)),
             [x.dtype for x in weights],
             [x.shape for x in weights],
-            [x.is_contiguous() for x in weights],
         )
         if found is None or found[0] != now:
-            found = self._found = now, {layer: {} for layer in self.layers}  # at once: there may be threads
+            found = self._found = now, {}  # at once: there may be threads
         return found[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,21 +101,31 @@ class Token(ABC):
     ):
         self.after: dict[int, Carried] = {}
         self.shape, self.dtype, self.device = hidden.shape, hidden.dtype, hidden.get_device()
-        self._layers: dict[int, Any] = {}  # of each layer, what its call needs
+        self._layers: dict[int, tuple[int, Any]] = {}  # those that are taken: their place among them, facts
         self._rooms: dict[tuple[int, ...], tuple] = {}
         self._like = hidden
         self._given = states, writes, mask, segments, open_sums  # kernels know addresses: these must stay
-        if torch.is_grad_enabled() or not self._begin(hidden, writes, mask, segments):
+        kind = None if torch.is_grad_enabled() else self._begin(hidden, writes, mask, segments)
+        if kind is None:
             return
         facts = steps.facts()
-        for layer, step in steps.layers.items():
-            before = states[layer], None if segments is None else open_sums[layer]
-            if not step.fits(before, self.shape[0], self.device):
-                continue
-            after = torch.empty_like(before[0]), None if segments is None else torch.empty_like(before[1])
-            prepared = self._prepare(step, facts[layer], before, after)
-            if prepared is not None:
-                self._layers[layer], self.after[layer] = prepared, after
+        layers = facts.get(kind)
+        if layers is None:
+            found = {layer: self._find_out(step) for layer, step in steps.layers.items()}
+            taken = [layer for layer, fact in found.items() if fact is not None]
+            layers = facts[kind] = {layer: (place, found[layer]) for place, layer in enumerate(taken)}
+        if not layers:
+            return
+        before = [states[layer] for layer in layers], [None] * len(layers)
+        if segments is not None:
+            before = before[0], [open_sums[layer] for layer in layers]
+        shapes = carried_shapes(self.shape[0], next(iter(steps.layers.values())).rule)
+        if not all(fit(tensors, shape, self.device) for tensors, shape in zip(before, shapes, strict=True)):
+            return
+        after = [_like(tensors) for tensors in before]
+        self._carry(*before, *after)
+        self.after = dict(zip(layers, zip(*after, strict=True), strict=True))
+        self._layers = layers
 
     @abstractmethod
     def __call__(self, layer: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
@@ -151,12 +145,22 @@ class Token(ABC):
     @abstractmethod
     def _begin(
         self, hidden: Tensor, writes: Tensor | None, mask: Tensor | None, segments: SegmentPlan | None
-    ) -> bool:
-        """Whether these, which all layers have in common, are what the kernels take."""
+    ) -> Hashable | None:
+        """All that facts depend on but for the weights; None if the kernels do not take such a token."""
 
     @abstractmethod
-    def _prepare(self, step: Step, facts: dict, before: Carried, after: Carried) -> Any:
-        """What a layer's call needs; None if it is not taken."""
+    def _find_out(self, step: Step) -> Any:
+        """What tokens of this kind need to know of a layer; None if the kernels do not take it."""
+
+    @abstractmethod
+    def _carry(
+        self,
+        states: list[Tensor],
+        sums: list[Tensor | None],
+        states_after: Sequence[Tensor],
+        sums_after: Sequence[Tensor | None],
+    ) -> None:
+        """Takes down where each layer's state and sums are, and where those after the token go."""
 
     def _room(self, sizes: tuple[int, ...]) -> tuple[tuple[Sequence[Tensor | None], ...], Any]:
         """Where the corrections of heads of these sizes go, for all layers that have such.
@@ -173,3 +177,34 @@ class Token(ABC):
     @abstractmethod
     def _at(self, corrections: tuple[Tensor, ...]) -> Any:
         """What the kernels need of the room for corrections."""
+
+
+def carried_shapes(batch: int, rule: Rule) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a state, and of the sums of open segments."""
+    states, rank = rule.num_states, rule.rank
+    return (batch, states, rank, rank), (batch, sum(rule.sections.values()) - states * rank)
+
+
+def fit(tensors: Sequence[Tensor | None], shape: tuple[int, ...], device: int) -> bool:
+    """Whether kernels find at their addresses what they believe: float32 of that shape. None will do, too."""
+    return all(
+        x is None
+        or (
+            type(x) in PLAIN
+            and x.dtype is torch.float32
+            and x.shape == shape
+            and x.get_device() == device
+            and x.is_contiguous()
+        )
+        for x in tensors
+    )
+
+
+def _like(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Room for as many tensors alike, each of which begins at a multiple of 16 bytes; or as many None."""
+    first = tensors[0]
+    if first is None:
+        return tensors
+    if first.numel() % 4:
+        return list(map(torch.empty_like, tensors))
+    return first.new_empty((len(tensors), *first.shape)).unbind()  # at once, which is faster

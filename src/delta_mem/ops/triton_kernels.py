@@ -708,15 +708,10 @@ def _product(weights, h):
 
 
 @triton.jit
-def _written(
-    s, key, value, beta, decay, gate_bias, gate, gates, inside, UPDATE: tl.constexpr, TIED: tl.constexpr
-):
+def _written(s, key, value, beta, decay, biases, UPDATE: tl.constexpr, TIED: tl.constexpr):
     """States s [states, i, j] after a token, or a segment's mean: key [states, j], the others [states, i]."""
     k = _direction(key, 1)[:, None, :]
-    beta += tl.load(gate_bias + gate, mask=inside, other=0.0)
-    if not TIED:
-        decay += tl.load(gate_bias + gates + gate, mask=inside, other=0.0)
-    keep, erase, write = _gates(beta, decay, UPDATE, TIED)
+    keep, erase, write = _gates(beta + biases[0], decay + biases[1], UPDATE, TIED)
     u = write * value - erase * tl.sum(s * k, axis=2)
     return keep[:, :, None] * s + u[:, :, None] * k
 
@@ -754,20 +749,33 @@ def _load_written(
 
 
 @triton.jit
+def _biases(
+    gate_bias, state, i, STATES: tl.constexpr, RANK: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr
+):
+    """Those of beta and decay [states, i]."""
+    _, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
+    gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
+    beta = tl.load(gate_bias + gate, mask=inside, other=0.0)
+    decay = beta
+    if not TIED:
+        decay = tl.load(gate_bias + gates + gate, mask=inside, other=0.0)
+    return beta, decay
+
+
+@triton.jit
 def _found(
-    before, sums, count, closes, gate_bias, row, state, i, j,
+    before, sums, count, closes, biases, row, state, i, j,
     STATES: tl.constexpr, RANK: tl.constexpr, UPDATE: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """States [states, i, j] as a token finds them: with the segment written that ended before, if one did."""
-    at, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
-    gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
+    at, _, inside = _places(state, i, STATES, RANK, PER_ROW)
     at_state = row.to(tl.int64) * (STATES * RANK * RANK) + at[:, :, None] * RANK + j[None, None, :]
     s = tl.load(before + at_state, mask=inside[:, :, None] & (j < RANK)[None, None, :], other=0.0)
     if sums is not None:
         n = tl.maximum(count, 1.0)
         key, value, beta, decay = _load_written(sums, state, i, j, STATES, RANK, TIED, PER_ROW)
         key, value, beta, decay = key / n, value / n, beta / n, decay / n
-        closed = _written(s, key, value, beta, decay, gate_bias, gate, gates, inside, UPDATE, TIED)
+        closed = _written(s, key, value, beta, decay, biases, UPDATE, TIED)
         s = tl.where(closes, closed, s)
     return s
 
@@ -797,7 +805,18 @@ def _write_rows(
     j = tl.arange(0, R)
     at, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
     at_key, _, known = _places(state, j, STATES, RANK, PER_ROW)
-    s = _found(before, sums, count, close, gate_bias, row, state, i, j, STATES, RANK, UPDATE, TIED, PER_ROW)
+    biases = _biases(gate_bias, state, i, STATES, RANK, TIED, PER_ROW)
+    s = _found(before, sums, count, close, biases, row, state, i, j, STATES, RANK, UPDATE, TIED, PER_ROW)
+    if sums is None:
+        written = seen & _is_set(writes, row)
+    else:
+        written = tl.load(ends + row) != 0
+        goes_on = tl.load(index + row) == 0
+        joins = tl.load(member + row) != 0
+        still = tl.load(stays_open + row) != 0
+        open_key, open_value, open_beta, open_decay = _load_written(
+            sums, state, i, j, STATES, RANK, TIED, PER_ROW
+        )
     if z is None:
         key, value, beta, decay = _project_written(
             hidden, in_proj, tl.reshape(at_key, (R,)), tl.reshape(known, (R,)), tl.reshape(at, (ROWS,)),
@@ -808,22 +827,12 @@ def _write_rows(
     else:
         _wait(OVERLAP)
         key, value, beta, decay = _load_written(z + width, state, i, j, STATES, RANK, TIED, PER_ROW)
-    if sums is None:
-        written = seen & _is_set(writes, row)
-    else:
-        written = tl.load(ends + row) != 0
-        goes_on = tl.load(index + row) == 0
-        joins = tl.load(member + row) != 0
+    if sums is not None:
         # Selected, not multiplied: what lies under padding may be NaN.
-        open_key, open_value, open_beta, open_decay = _load_written(
-            sums, state, i, j, STATES, RANK, TIED, PER_ROW
-        )
         key = tl.where(goes_on, open_key, 0.0) + tl.where(joins, key, 0.0)
         value = tl.where(goes_on, open_value, 0.0) + tl.where(joins, value, 0.0)
         beta = tl.where(goes_on, open_beta, 0.0) + tl.where(joins, beta, 0.0)
         decay = tl.where(goes_on, open_decay, 0.0) + tl.where(joins, decay, 0.0)
-
-        still = tl.load(stays_open + row) != 0
         tl.store(sums_after + at_key, tl.where(still, key, 0.0), mask=known & (unit % (R // ROWS) == 0))
         tl.store(sums_after + width + at, tl.where(still, value, 0.0), mask=inside)
         once = inside
@@ -834,7 +843,7 @@ def _write_rows(
             tl.store(sums_after + 2 * width + gates + gate, tl.where(still, decay, 0.0), mask=once)
         n = tl.maximum(tl.where(goes_on, count, 0.0) + tl.where(joins, 1.0, 0.0), 1.0)
         key, value, beta, decay = key / n, value / n, beta / n, decay / n
-    new = _written(s, key, value, beta, decay, gate_bias, gate, gates, inside, UPDATE, TIED)
+    new = _written(s, key, value, beta, decay, biases, UPDATE, TIED)
     at_state = row.to(tl.int64) * (width * RANK) + at[:, :, None] * RANK + j[None, None, :]
     whole = inside[:, :, None] & (j < RANK)[None, None, :]
     tl.store(after + at_state, tl.where(written, new, s), mask=whole)
@@ -870,7 +879,10 @@ def _correct(
     output = tl.load(to + at, mask=(at < size) & add, other=0.0).to(tl.float32)
     weights = delta + at.to(tl.int64)[:, None] * (STATES * RANK) + at_query[None, :]
     weights = tl.load(weights, mask=(at < size)[:, None] & known[None, :], other=0.0)
-    s = _found(before, sums, count, close, gate_bias, row, state, j, j, STATES, RANK, UPDATE, TIED, PER_ROW)
+    biases = 0.0, 0.0
+    if sums is not None:
+        biases = _biases(gate_bias, state, j, STATES, RANK, TIED, PER_ROW)
+    s = _found(before, sums, count, close, biases, row, state, j, j, STATES, RANK, UPDATE, TIED, PER_ROW)
     if z is None:
         query = _project(hidden, in_proj, at_query, known, SIZE, PADDED * R, SLICE, UNROLL)
     else:
