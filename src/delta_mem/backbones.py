@@ -361,7 +361,7 @@ class MemoryCall:
         return self.token
 
     def _step_recorded(self, index: int, hidden: Tensor) -> Sequence[Tensor] | None:
-        step, plan = self.adapters[index].step(), self._plan_on(hidden.device)
+        step, plan = self.coupling.first.step(self.adapters[index]), self._plan_on(hidden.device)
         if step is None:
             return None
         flags = plan.writes, plan.mask, plan.segments
@@ -546,7 +546,7 @@ class Coupling:
     def __init__(
         self, layers: dict[int, AttentionLayer], adapters: dict[int, DeltaMemory], heads: tuple[str, ...]
     ):
-        self.adapters = adapters
+        self.adapters, self.first = adapters, next(iter(adapters.values()))
         self._handles: list[Any] = []
         # (layer's index, the modules beside a projection, its name, the projection)
         self._hooked: list[tuple[int, dict[str, nn.Module], str, nn.Module]] = []

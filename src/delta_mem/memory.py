@@ -233,12 +233,18 @@ class DeltaMemory(nn.Module):
             )
         return reads.flatten(2), state, open_sum
 
-    def step(self) -> ops.Step | None:
-        """This layer's weights as an `ops.Token` takes them; None if it does more than those do."""
+    def step(self, of: DeltaMemory | None = None) -> ops.Step | None:
+        """This layer's weights as an `ops.Token` takes them; None if it does more than those do.
+
+        Args:
+            of: a layer of the same settings, whose weights are wanted instead. torch.compile guards all that
+                it sees looked at, also the same settings in each layer.
+        """
         if self.config.trainable_scale or self.config.o_norm:
             return None
-        deltas = tuple(self._parameters[f"delta_{head}"] for head in self.config.heads)
-        return ops.Step(self.in_proj, self.gate_bias, deltas, self._scale, self.rule)
+        weights = (of or self)._parameters
+        deltas = tuple(weights[f"delta_{head}"] for head in self.config.heads)
+        return ops.Step(weights["in_proj"], weights["gate_bias"], deltas, self._scale, self.rule)
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
