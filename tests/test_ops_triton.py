@@ -8,6 +8,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -668,3 +669,33 @@ def test_a_cpu_tensor_is_refused_by_name():
 def test_a_rank_above_the_limit_is_refused():
     with pytest.raises(ValueError, match="up to rank 64, not 65"):
         delta_rule(**on_device(example(3, rank=65)), backend="triton")
+
+
+class Launcher:
+    """Like Triton's: what it hands on to its compiled part is noted in `seen`."""
+
+    def __init__(self, packed, scratch=(None, None)):
+        self.seen, self.packed, self.scratch = [], packed, scratch
+        self.launch = lambda *given: self.seen.append(given)
+
+    def __call__(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
+        given = metadata, about, enter, leave
+        if self.packed:  # Triton 3.7
+            self.launch(x, y, z, stream, function, False, True, *given, *self.scratch, "types", arguments)
+        else:
+            self.launch(x, y, z, stream, function, False, True, *self.scratch, *given, *arguments)
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("known", (True, False), ids=("known", "unknown"))
+def test_a_kernel_is_started_as_by_its_launcher(packed, known):
+    launcher, arguments = Launcher(packed), (7, None, (8, 9), 0.5, True)
+    run = launcher if known else lambda *given: launcher(*given)
+    made = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+    start = backend._starter(made, len(arguments))
+    assert launcher.seen == []  # to ask starts nothing
+    for grid, queue in (((4, 2, 1), 5), ((1, 1, 1), 6)):
+        start(*grid, queue, arguments)
+        launcher(*grid, queue, "function", "metadata", None, None, None, *arguments)
+    first, second = launcher.seen[::2], launcher.seen[1::2]
+    assert first == second and len(first) == 2
