@@ -19,7 +19,7 @@ import delta_mem as dm
 from delta_mem.checkpoint import Adapter, adapter_of, load_adapter, save_official
 from delta_mem.cli.app import app
 from delta_mem.cli.chat import Conversation
-from delta_mem.cli.common import printable, size
+from delta_mem.cli.common import new_folder, printable, size
 from families import backbone
 from helpers import tiny_tokenizer
 
@@ -287,6 +287,25 @@ def test_chat_refuses(files, changed, says):
 def test_chat_with_the_model_that_comes_along(adapter):
     lines = "My sister lives in Oslo.\nWhere does my sister live?\n"
     assert "Oslo" in told("chat", "--model", "offline", *adapter, "--window", 1, input=lines).splitlines()[-1]
+
+
+def test_a_failure_leaves_no_empty_folder(tmp_path):
+    def fail(folder, file=None):
+        with pytest.raises(ValueError), new_folder(folder):
+            assert folder.is_dir()
+            if file is not None:
+                (folder / file).touch()
+            raise ValueError
+
+    fail(tmp_path / "new" / "inner")
+    assert not (tmp_path / "new").exists()
+    fail(tmp_path)  # was there before
+    assert tmp_path.is_dir()
+    fail(tmp_path / "new" / "inner", "file")
+    assert (tmp_path / "new" / "inner" / "file").is_file()
+    with new_folder(tmp_path / "other"):
+        pass
+    assert (tmp_path / "other").is_dir()
 
 
 def test_a_model_that_is_nowhere_is_one_line(monkeypatch):

@@ -489,6 +489,7 @@ def test_layers_of_a_token_share_room_for_corrections():
     assert token(0, hidden[:2], None) is None  # not the batch that it began with
     with torch.enable_grad():
         assert cpu.Token(hidden, steps.Steps(layers), others)(0, hidden, None) is None
+        token.after[0][0].mul_(torch.ones((), requires_grad=True))  # which a view would refuse
 
 
 def test_a_step_sees_that_its_weights_were_moved_or_replaced():

@@ -672,30 +672,33 @@ def test_a_rank_above_the_limit_is_refused():
 
 
 class Launcher:
-    """Like Triton's: what it hands on to its compiled part is noted in `seen`."""
+    """Like those of Triton's versions: what it hands on to its compiled part is noted in `seen`."""
 
-    def __init__(self, packed, scratch=(None, None)):
-        self.seen, self.packed, self.scratch = [], packed, scratch
+    def __init__(self, version, scratch=0):
+        self.seen, self.version, self.global_scratch_size = [], version, scratch
         self.launch = lambda *given: self.seen.append(given)
 
-    def __call__(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
-        given = metadata, about, enter, leave
-        if self.packed:  # Triton 3.7
-            self.launch(x, y, z, stream, function, False, True, *given, *self.scratch, "types", arguments)
-        else:
-            self.launch(x, y, z, stream, function, False, True, *self.scratch, *given, *arguments)
+    def __call__(self, x, y, z, stream, function, *given):
+        scratch = ("scratch", x, stream) if self.global_scratch_size else None
+        if self.version == "3.4":
+            self.launch(x, y, z, stream, function, False, True, scratch, *given)
+        elif self.version == "3.7":
+            metadata, arguments = given[:4], given[4:]
+            self.launch(x, y, z, stream, function, False, True, *metadata, scratch, None, "types", arguments)
+        elif self.version == "rocm":
+            self.launch(False, x, y, z, stream, function, scratch, *given)
 
 
-@pytest.mark.parametrize("packed", (False, True))
-@pytest.mark.parametrize("known", (True, False), ids=("known", "unknown"))
-def test_a_kernel_is_started_as_by_its_launcher(packed, known):
-    launcher, arguments = Launcher(packed), (7, None, (8, 9), 0.5, True)
-    run = launcher if known else lambda *given: launcher(*given)
+@pytest.mark.parametrize("version", ("3.4", "3.7", "rocm"))
+@pytest.mark.parametrize("kind", ("plain", "scratch", "unknown"))
+def test_a_kernel_is_started_as_by_its_launcher(version, kind):
+    launcher, arguments = Launcher(version, scratch=64 * (kind == "scratch")), (7, None, (8, 9), 0.5, True)
+    compiled = launcher.launch
+    run = (lambda *given: launcher(*given)) if kind == "unknown" else launcher
     made = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
     start = backend._starter(made, len(arguments))
-    assert launcher.seen == []  # to ask starts nothing
-    for grid, queue in (((4, 2, 1), 5), ((1, 1, 1), 6)):
-        start(*grid, queue, arguments)
-        launcher(*grid, queue, "function", "metadata", None, None, None, *arguments)
-    first, second = launcher.seen[::2], launcher.seen[1::2]
-    assert first == second and len(first) == 2
+    assert launcher.launch is compiled and not launcher.seen  # it may be in use, and to ask starts nothing
+    for place in ((4, 2, 1, 5), (0, 0, 0, 0), (1, 1, 1, 6)):
+        start(*place, arguments)
+        launcher(*place, "function", "metadata", None, None, None, *arguments)
+    assert launcher.seen[::2] == launcher.seen[1::2] and len(launcher.seen) == 6

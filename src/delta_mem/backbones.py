@@ -546,7 +546,10 @@ class Coupling:
     def __init__(
         self, layers: dict[int, AttentionLayer], adapters: dict[int, DeltaMemory], heads: tuple[str, ...]
     ):
-        self.adapters, self.first = adapters, next(iter(adapters.values()))
+        self.adapters = adapters
+        self.first = next(
+            iter(adapters.values())
+        )  # for settings, which are the same in all: see DeltaMemory.step
         self._handles: list[Any] = []
         # (layer's index, the modules beside a projection, its name, the projection)
         self._hooked: list[tuple[int, dict[str, nn.Module], str, nn.Module]] = []

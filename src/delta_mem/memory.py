@@ -237,8 +237,8 @@ class DeltaMemory(nn.Module):
         """This layer's weights as an `ops.Token` takes them; None if it does more than those do.
 
         Args:
-            of: a layer of the same settings, whose weights are wanted instead. torch.compile guards all that
-                it sees looked at, also the same settings in each layer.
+            of: another layer, of the same settings: its weights, with this one's settings. torch.compile adds
+                guards for all that it sees looked at, so settings are better looked at in one layer only.
         """
         if self.config.trainable_scale or self.config.o_norm:
             return None

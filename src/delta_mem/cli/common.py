@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -57,6 +58,20 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         complain(error)
         raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Makes a folder: a wrong path shows before all else. A failure within leaves no empty one behind."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it is not empty
+            for folder in itertools.takewhile(lambda folder: folder != there, (path, *path.parents)):
+                folder.rmdir()
+        raise
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------

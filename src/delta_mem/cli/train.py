@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from ..config import DeltaMemConfig
-from .common import INTERRUPTED, Dtype, complain, err, load_backbone, out, plural
+from .common import INTERRUPTED, Dtype, complain, err, load_backbone, new_folder, out, plural
 
 if TYPE_CHECKING:
     from ..model import DeltaMemModel
@@ -307,26 +307,28 @@ def train(
         arguments = make_arguments(settings)
         loud = arguments.process_index == 0
         checkpoint = _check_output(output, resume, loud)
-        if checkpoint is not None:
-            _check_same_adapter(checkpoint, adapter)
-            if loud:
-                _warn_of_other_data(output, settings)
-        loaded, tokenizer = _load(settings, adapter, arguments)
-        if checkpoint is not None:
-            load_weights(loaded, load_adapter(checkpoint))  # that it fits shows before the recipe is written
-        options = _episode_options(settings, adapter.write, arguments)
-        skipped = _Skipped(loud)
-        episodes = _episodes(data, tokenizer, {**options, "streaming": streaming}, skipped)
-        # Held-out episodes are read again and again.
-        held_out = _episodes(eval_data, tokenizer, options, _Skipped(loud)) if eval_data else None
-        if streaming:
-            episodes = episodes.endless(seed)
-        from .train_callbacks import ProgressBar, StopOnSignal
+        with new_folder(output):
+            if checkpoint is not None:
+                _check_same_adapter(checkpoint, adapter)
+                if loud:
+                    _warn_of_other_data(output, settings)
+            loaded, tokenizer = _load(settings, adapter, arguments)
+            if checkpoint is not None:
+                load_weights(loaded, load_adapter(checkpoint))  # shows that it fits before there is a recipe
+            options = _episode_options(settings, adapter.write, arguments)
+            skipped = _Skipped(loud)
+            episodes = _episodes(data, tokenizer, {**options, "streaming": streaming}, skipped)
+            # Held-out episodes are read again and again.
+            held_out = _episodes(eval_data, tokenizer, options, _Skipped(loud)) if eval_data else None
+            if streaming:
+                episodes = episodes.endless(seed)
+            from .train_callbacks import ProgressBar, StopOnSignal
 
-        bar, stop = ProgressBar(), StopOnSignal(loud)
-        trainer = _trainer(loaded, arguments, episodes, held_out, tokenizer, [stop, bar] if loud else [stop])
-        if loud:
-            write_recipe(output / RECIPE_FILE, settings)
+            bar, stop = ProgressBar(), StopOnSignal(loud)
+            callbacks = [stop, bar] if loud else [stop]
+            trainer = _trainer(loaded, arguments, episodes, held_out, tokenizer, callbacks)
+            if loud:
+                write_recipe(output / RECIPE_FILE, settings)
 
     if loud:
         count = "" if streaming else f"{plural(len(episodes), 'episode')}, "
@@ -378,7 +380,6 @@ def _check_output(output: Path, resume: bool, loud: bool) -> str | None:
             f"{output} is not empty; name another folder"
             + (", or --resume to go on with the run in it." if checkpoint else ".")
         )
-    output.mkdir(parents=True, exist_ok=True)
     return None
 
 

@@ -180,7 +180,13 @@ class Token(steps.Token):
         kernel = _kernels().kernel(self._name, rank)
         return kernel, (layer, step.scale), sizes, self.shape[0] * sizes[0]
 
-    def _carry(self, states, sums, states_after, sums_after) -> None:
+    def _carry(
+        self,
+        states: list[Tensor],
+        sums: list[Tensor | None],
+        states_after: Sequence[Tensor],
+        sums_after: Sequence[Tensor | None],
+    ) -> None:
         self._states = list(zip(*map(_addresses, (states, states_after)), strict=True))
         self._sums = [()] * len(states)
         if sums[0] is not None:

@@ -50,6 +50,7 @@ class Steps:
 
     def __init__(self, layers: dict[int, Step]):
         self.layers = layers
+        self.rule = next((step.rule for step in layers.values()), None)
         self._weights = [weight for step in layers.values() for weight in step.weights]
         self._found: tuple[tuple, dict] | None = None  # of the weights what is compared; facts
 
@@ -86,7 +87,8 @@ class Token(ABC):
 
     Attributes:
         after: {layer: (its state after the token, the sums of the segments left open or None)}. They are
-            filled when the layer is called; one that no kernel takes is not there.
+            filled when the layer is called; one that no kernel takes is not there. All
+            are missing if the kernels do not take one of the states.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Token(ABC):
         before = [states[layer] for layer in layers], [None] * len(layers)
         if segments is not None:
             before = before[0], [open_sums[layer] for layer in layers]
-        shapes = carried_shapes(self.shape[0], next(iter(steps.layers.values())).rule)
+        shapes = carried_shapes(self.shape[0], steps.rule)
         if not all(fit(tensors, shape, self.device) for tensors, shape in zip(before, shapes, strict=True)):
             return
         after = [_like(tensors) for tensors in before]
@@ -207,4 +209,5 @@ def _like(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         return tensors
     if first.numel() % 4:
         return list(map(torch.empty_like, tensors))
-    return first.new_empty((len(tensors), *first.shape)).unbind()  # at once, which is faster
+    # At once, which is faster; as tensors of their own, not views of one, to autograd.
+    return first.new_empty((len(tensors) * len(first), *first.shape[1:])).unsafe_split(len(first))

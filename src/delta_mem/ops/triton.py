@@ -10,6 +10,8 @@ Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment b
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
 """
 
+import contextlib
+import copy
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -118,7 +120,7 @@ class Token(steps.Token):
             return None
         self._flags = _flags(segments, writes, mask)
         self._flags_at = _addresses(self._flags)
-        self._z: dict[int, Any] = {}  # by the number of features: room for all layers' projections
+        self._z: dict[int, Tensor] = {}  # by the number of features: room that layers share, see _projections
         kind = None if segments is None else segments.kind
         # All that the kernels rely on, of what the layers have in common.
         return type(hidden), self.dtype, self.shape, self.device, _kind(writes), _kind(mask), kind
@@ -129,7 +131,13 @@ class Token(steps.Token):
         tensors = self._like, *step.packed, numbers, open_sum, *self._flags
         return _Launch(tensors, step.rule, step.scale) if _step_fits(tensors, step.rule) else None
 
-    def _carry(self, states, sums, states_after, sums_after) -> None:
+    def _carry(
+        self,
+        states: list[Tensor],
+        sums: list[Tensor | None],
+        states_after: Sequence[Tensor],
+        sums_after: Sequence[Tensor | None],
+    ) -> None:
         before, after = (states, sums), (states_after, sums_after)
         self._carried = [list(zip(*map(_addresses, tensors), strict=True)) for tensors in (before, after)]
         self._bits = _bits((self._flags_at, *self._carried[0], *self._carried[1]))
@@ -165,12 +173,12 @@ class Token(steps.Token):
             launch.project(start, z)
         before, after = self._carried
         addresses = start, *launch.weights, *before[place], *self._flags_at, z, to, *after[place]
-        bits = launch.bits | self._bits | _bits((start, *to))
+        bits = launch.bits | self._bits | _bits((start, z, *to))
         launch.kernels[in_place].launch(launch.grid, addresses, launch.scale, bits)
         return corrections[in_place]
 
     def _projections(self, launch: "_Launch") -> Any:
-        """The address of room for them, which layers alike share."""
+        """The address of room for a layer's projections, which layers alike share."""
         if launch.features not in self._z:
             self._z[launch.features] = launch.room(self._like)
         return _address(self._z[launch.features])
@@ -639,29 +647,30 @@ class _Kernel:
 
 
 def _starter(made, count: int) -> Callable:
-    """What starts a compiled kernel: called with the grid, a stream, and a tuple of its `count` arguments.
+    """What starts a kernel: called with the grid, a stream, and a tuple of the kernel's `count` arguments.
 
     At every launch Triton's launcher finds out anew what it hands on to its compiled part, where a fifth of
-    the time goes. For our kernels, which need no scratch memory, that is always the same but for what it was
-    given. So it is asked once, and from then on its compiled part is called.
+    the time goes. That is always the same but for what it was given, if the kernel needs no scratch memory.
+    So it is asked once, and from then on its compiled part is called. One that hands on anything else than is
+    known here is called itself.
+
+    Args:
+        made: Triton's `CompiledKernel`.
     """
     launcher, given = made.run, (made.function, made.packed_metadata, None, None, None)
-    compiled, marks, seen = getattr(launcher, "launch", None), tuple(object() for _ in range(count)), ()
-
-    def see(*handed_on) -> None:
-        nonlocal seen
-        seen = handed_on
-
-    if compiled is not None:
-        launcher.launch = see
-        try:
-            launcher(0, 0, 0, 0, *given, *marks)
-        finally:
-            launcher.launch = compiled
-    if seen[:4] == (0, 0, 0, 0) and seen[-count:] == marks:
+    place, arguments = [object() for _ in range(4)], tuple(object() for _ in range(count))
+    compiled, seen = getattr(launcher, "launch", None), []
+    if compiled is not None and not any(
+        getattr(launcher, f"{x}_scratch_size", 0) for x in ("global", "profile")
+    ):
+        with contextlib.suppress(AttributeError, TypeError):
+            asked = copy.copy(launcher)  # others may be starting the kernel by this one
+            asked.launch = lambda *handed_on: seen.extend(handed_on)
+            asked(*place, *given, *arguments)
+    if seen[:4] == place and seen[-count:] == list(arguments):
         fixed = seen[4:-count]
         return lambda x, y, z, stream, arguments: compiled(x, y, z, stream, *fixed, *arguments)
-    if seen[:4] == (0, 0, 0, 0) and seen[-1] == marks:  # Triton 3.7
+    if seen[:4] == place and seen[-1] == arguments:  # Triton 3.7
         fixed = seen[4:-1]
         return lambda x, y, z, stream, arguments: compiled(x, y, z, stream, *fixed, arguments)
     return lambda x, y, z, stream, arguments: launcher(x, y, z, stream, *given, *arguments)

@@ -709,7 +709,11 @@ def _product(weights, h):
 
 @triton.jit
 def _written(s, key, value, beta, decay, biases, UPDATE: tl.constexpr, TIED: tl.constexpr):
-    """States s [states, i, j] after a token, or a segment's mean: key [states, j], the others [states, i]."""
+    """States s [states, i, j] after a token, or a segment's mean: key [states, j], the others [states, i].
+
+    Args:
+        biases: what `_biases` returns.
+    """
     k = _direction(key, 1)[:, None, :]
     keep, erase, write = _gates(beta + biases[0], decay + biases[1], UPDATE, TIED)
     u = write * value - erase * tl.sum(s * k, axis=2)
@@ -752,7 +756,7 @@ def _load_written(
 def _biases(
     gate_bias, state, i, STATES: tl.constexpr, RANK: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr
 ):
-    """Those of beta and decay [states, i]."""
+    """The biases of beta and of decay, [states, i]."""
     _, gate, inside = _places(state, i, STATES, RANK, PER_ROW)
     gates: tl.constexpr = STATES * RANK if PER_ROW else STATES
     beta = tl.load(gate_bias + gate, mask=inside, other=0.0)
@@ -767,7 +771,11 @@ def _found(
     before, sums, count, closes, biases, row, state, i, j,
     STATES: tl.constexpr, RANK: tl.constexpr, UPDATE: tl.constexpr, TIED: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """States [states, i, j] as a token finds them: with the segment written that ended before, if one did."""
+    """States [states, i, j] as a token finds them: with the segment written that ended before, if one did.
+
+    Args:
+        biases: what `_biases` returns; not used where sums are None.
+    """
     at, _, inside = _places(state, i, STATES, RANK, PER_ROW)
     at_state = row.to(tl.int64) * (STATES * RANK * RANK) + at[:, :, None] * RANK + j[None, None, :]
     s = tl.load(before + at_state, mask=inside[:, :, None] & (j < RANK)[None, None, :], other=0.0)
