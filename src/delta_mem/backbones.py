@@ -547,9 +547,7 @@ class Coupling:
         self, layers: dict[int, AttentionLayer], adapters: dict[int, DeltaMemory], heads: tuple[str, ...]
     ):
         self.adapters = adapters
-        self.first = next(
-            iter(adapters.values())
-        )  # for settings, which are the same in all: see DeltaMemory.step
+        self.first = next(iter(adapters.values()))  # its settings are those of all: see DeltaMemory.step
         self._handles: list[Any] = []
         # (layer's index, the modules beside a projection, its name, the projection)
         self._hooked: list[tuple[int, dict[str, nn.Module], str, nn.Module]] = []

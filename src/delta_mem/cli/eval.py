@@ -170,7 +170,7 @@ def evaluate(
 
     process = Process()
     err.quiet = not process.first
-    with _user_errors(process):
+    with _user_errors(process), new_folder(output):
         from ..evaluation.runner import Predictions, predict
 
         chosen = {task.spec: task for task in map(parse, tasks)}
@@ -191,19 +191,18 @@ def evaluate(
         wanted = (systems or "none,full,bm25" + (",delta" if adapters else "")).split(",")
         named = expand_names([name.strip() for name in wanted], options)
         asked = [(task, _examples(task, files.get(task.name), limit, seed)) for task in chosen.values()]
-        with new_folder(output):
-            if process.first:
-                data_of = {task.name: files.get(task.name) for task in chosen.values()}
-                settings = _settings(backbone_name, options, data_of, dtype, seed)
-                _check_settings(output, settings)
-            backbone, tokenizer = _load(backbone_name, process.device(device), dtype)
-            longest = max(q.max_new_tokens for _, examples in asked for e in examples for q in e.questions)
-            for one in named:  # what is missing for the last of them is missing now
-                with open_system(one, backbone, tokenizer, options) as system:
-                    system.limit(longest)
-            if process.first:
-                _warn_of_long_questions(asked, NoContext(backbone, tokenizer, context_tokens=context_tokens))
-                _keep_settings(output, settings)
+        if process.first:
+            data_of = {task.name: files.get(task.name) for task in chosen.values()}
+            settings = _settings(backbone_name, options, data_of, dtype, seed)
+            _check_settings(output, settings)
+        backbone, tokenizer = _load(backbone_name, process.device(device), dtype)
+        longest = max(q.max_new_tokens for _, examples in asked for e in examples for q in e.questions)
+        for one in named:  # what is missing for the last of them is missing now
+            with open_system(one, backbone, tokenizer, options) as system:
+                system.limit(longest)
+        if process.first:
+            _warn_of_long_questions(asked, NoContext(backbone, tokenizer, context_tokens=context_tokens))
+            _keep_settings(output, settings)
     process.join()
 
     from torch import OutOfMemoryError

@@ -296,7 +296,7 @@ def train(
     Example: delta-mem train -m Qwen/Qwen3-4B-Instruct-2507 -d train.jsonl -o my-adapter --write-tokens 2048
     """
     settings = {**context.params, **{section: context.meta.get(section, {}) for section in SECTIONS}}
-    with _user_errors():
+    with _user_errors(), new_folder(output):
         _check_installed()
         from ..checkpoint import load_adapter, load_weights
         from ..training.data import check_file
@@ -307,28 +307,27 @@ def train(
         arguments = make_arguments(settings)
         loud = arguments.process_index == 0
         checkpoint = _check_output(output, resume, loud)
-        with new_folder(output):
-            if checkpoint is not None:
-                _check_same_adapter(checkpoint, adapter)
-                if loud:
-                    _warn_of_other_data(output, settings)
-            loaded, tokenizer = _load(settings, adapter, arguments)
-            if checkpoint is not None:
-                load_weights(loaded, load_adapter(checkpoint))  # shows that it fits before there is a recipe
-            options = _episode_options(settings, adapter.write, arguments)
-            skipped = _Skipped(loud)
-            episodes = _episodes(data, tokenizer, {**options, "streaming": streaming}, skipped)
-            # Held-out episodes are read again and again.
-            held_out = _episodes(eval_data, tokenizer, options, _Skipped(loud)) if eval_data else None
-            if streaming:
-                episodes = episodes.endless(seed)
-            from .train_callbacks import ProgressBar, StopOnSignal
-
-            bar, stop = ProgressBar(), StopOnSignal(loud)
-            callbacks = [stop, bar] if loud else [stop]
-            trainer = _trainer(loaded, arguments, episodes, held_out, tokenizer, callbacks)
+        if checkpoint is not None:
+            _check_same_adapter(checkpoint, adapter)
             if loud:
-                write_recipe(output / RECIPE_FILE, settings)
+                _warn_of_other_data(output, settings)
+        loaded, tokenizer = _load(settings, adapter, arguments)
+        if checkpoint is not None:
+            load_weights(loaded, load_adapter(checkpoint))  # shows that it fits before there is a recipe
+        options = _episode_options(settings, adapter.write, arguments)
+        skipped = _Skipped(loud)
+        episodes = _episodes(data, tokenizer, {**options, "streaming": streaming}, skipped)
+        # Held-out episodes are read again and again.
+        held_out = _episodes(eval_data, tokenizer, options, _Skipped(loud)) if eval_data else None
+        if streaming:
+            episodes = episodes.endless(seed)
+        from .train_callbacks import ProgressBar, StopOnSignal
+
+        bar, stop = ProgressBar(), StopOnSignal(loud)
+        callbacks = [stop, bar] if loud else [stop]
+        trainer = _trainer(loaded, arguments, episodes, held_out, tokenizer, callbacks)
+        if loud:
+            write_recipe(output / RECIPE_FILE, settings)
 
     if loud:
         count = "" if streaming else f"{plural(len(episodes), 'episode')}, "

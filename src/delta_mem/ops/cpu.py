@@ -180,17 +180,10 @@ class Token(steps.Token):
         kernel = _kernels().kernel(self._name, rank)
         return kernel, (layer, step.scale), sizes, self.shape[0] * sizes[0]
 
-    def _carry(
-        self,
-        states: list[Tensor],
-        sums: list[Tensor | None],
-        states_after: Sequence[Tensor],
-        sums_after: Sequence[Tensor | None],
-    ) -> None:
-        self._states = list(zip(*map(_addresses, (states, states_after)), strict=True))
-        self._sums = [()] * len(states)
-        if sums[0] is not None:
-            self._sums = list(zip(*map(_addresses, (sums_after, sums)), strict=True))
+    def _carry(self, before: list[steps.Carried], after: list[steps.Carried]) -> None:
+        pairs = [list(zip(*carried, strict=True)) for carried in zip(before, after, strict=True)]
+        self._states = [_addresses(states) for states, _ in pairs]
+        self._sums = [() if sums[0] is None else _addresses(sums[::-1]) for _, sums in pairs]
 
     def _at(self, corrections: tuple[Tensor, ...]) -> tuple[int, ...]:
         return (*_addresses(corrections), *(0,) * (MAX_HEADS - len(corrections)))

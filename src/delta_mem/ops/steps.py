@@ -87,8 +87,8 @@ class Token(ABC):
 
     Attributes:
         after: {layer: (its state after the token, the sums of the segments left open or None)}. They are
-            filled when the layer is called; one that no kernel takes is not there. All
-            are missing if the kernels do not take one of the states.
+            filled when the layer is called; one that no kernel takes is not there. All are missing if the
+            kernels do not take one of the states.
     """
 
     def __init__(
@@ -118,15 +118,14 @@ class Token(ABC):
             layers = facts[kind] = {layer: (place, found[layer]) for place, layer in enumerate(taken)}
         if not layers:
             return
-        before = [states[layer] for layer in layers], [None] * len(layers)
-        if segments is not None:
-            before = before[0], [open_sums[layer] for layer in layers]
+        before = [(states[layer], None if segments is None else open_sums[layer]) for layer in layers]
+        carried = list(zip(*before, strict=True))  # all states, all sums
         shapes = carried_shapes(self.shape[0], steps.rule)
-        if not all(fit(tensors, shape, self.device) for tensors, shape in zip(before, shapes, strict=True)):
+        if not all(fit(tensors, shape, self.device) for tensors, shape in zip(carried, shapes, strict=True)):
             return
-        after = [_like(tensors) for tensors in before]
-        self._carry(*before, *after)
-        self.after = dict(zip(layers, zip(*after, strict=True), strict=True))
+        after = list(zip(*map(_like, carried), strict=True))
+        self._carry(before, after)
+        self.after = dict(zip(layers, after, strict=True))
         self._layers = layers
 
     @abstractmethod
@@ -155,13 +154,7 @@ class Token(ABC):
         """What tokens of this kind need to know of a layer; None if the kernels do not take it."""
 
     @abstractmethod
-    def _carry(
-        self,
-        states: list[Tensor],
-        sums: list[Tensor | None],
-        states_after: Sequence[Tensor],
-        sums_after: Sequence[Tensor | None],
-    ) -> None:
+    def _carry(self, before: list[Carried], after: list[Carried]) -> None:
         """Takes down where each layer's state and sums are, and where those after the token go."""
 
     def _room(self, sizes: tuple[int, ...]) -> tuple[tuple[Sequence[Tensor | None], ...], Any]:

@@ -131,16 +131,9 @@ class Token(steps.Token):
         tensors = self._like, *step.packed, numbers, open_sum, *self._flags
         return _Launch(tensors, step.rule, step.scale) if _step_fits(tensors, step.rule) else None
 
-    def _carry(
-        self,
-        states: list[Tensor],
-        sums: list[Tensor | None],
-        states_after: Sequence[Tensor],
-        sums_after: Sequence[Tensor | None],
-    ) -> None:
-        before, after = (states, sums), (states_after, sums_after)
-        self._carried = [list(zip(*map(_addresses, tensors), strict=True)) for tensors in (before, after)]
-        self._bits = _bits((self._flags_at, *self._carried[0], *self._carried[1]))
+    def _carry(self, before: list[steps.Carried], after: list[steps.Carried]) -> None:
+        self._carried = [tuple(map(_addresses, carried)) for carried in zip(before, after, strict=True)]
+        self._bits = _bits((self._flags_at, *self._carried))
 
     def _at(self, corrections: tuple[Tensor, ...]) -> tuple:
         return _addresses(corrections)
@@ -171,8 +164,8 @@ class Token(steps.Token):
         if launch.projection is not None:
             z = self._projections(launch)
             launch.project(start, z)
-        before, after = self._carried
-        addresses = start, *launch.weights, *before[place], *self._flags_at, z, to, *after[place]
+        before, after = self._carried[place]
+        addresses = start, *launch.weights, *before, *self._flags_at, z, to, *after
         bits = launch.bits | self._bits | _bits((start, z, *to))
         launch.kernels[in_place].launch(launch.grid, addresses, launch.scale, bits)
         return corrections[in_place]
@@ -658,19 +651,18 @@ def _starter(made, count: int) -> Callable:
         made: Triton's `CompiledKernel`.
     """
     launcher, given = made.run, (made.function, made.packed_metadata, None, None, None)
-    place, arguments = [object() for _ in range(4)], tuple(object() for _ in range(count))
+    place, marks = [object() for _ in range(4)], [object() for _ in range(count)]
     compiled, seen = getattr(launcher, "launch", None), []
-    if compiled is not None and not any(
-        getattr(launcher, f"{x}_scratch_size", 0) for x in ("global", "profile")
-    ):
+    scratch = any(getattr(launcher, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
+    if compiled is not None and not scratch:
         with contextlib.suppress(AttributeError, TypeError):
             asked = copy.copy(launcher)  # others may be starting the kernel by this one
             asked.launch = lambda *handed_on: seen.extend(handed_on)
-            asked(*place, *given, *arguments)
-    if seen[:4] == place and seen[-count:] == list(arguments):
+            asked(*place, *given, *marks)
+    if seen[:4] == place and seen[-count:] == marks:
         fixed = seen[4:-count]
         return lambda x, y, z, stream, arguments: compiled(x, y, z, stream, *fixed, *arguments)
-    if seen[:4] == place and seen[-1] == arguments:  # Triton 3.7
+    if seen[:4] == place and seen[-1] == tuple(marks):  # Triton 3.7
         fixed = seen[4:-1]
         return lambda x, y, z, stream, arguments: compiled(x, y, z, stream, *fixed, arguments)
     return lambda x, y, z, stream, arguments: launcher(x, y, z, stream, *given, *arguments)
