@@ -193,7 +193,7 @@ def test_the_decode_step_compiles_into_one_graph_for_all_memories(config):
 
 @pytest.mark.parametrize("config", [TOKEN, MESSAGE], ids=["token", "message"])
 def test_a_forward_compiled_within_its_hooks(config):
-    """As `generate` compiles it: the call is laid down outside of what is compiled."""
+    """The call is made, and committed, outside of what is compiled."""
     expected_model, model = seeded(backbone("qwen3"), config), seeded(backbone("qwen3"), config)
     model.backbone.forward = torch.compile(model.backbone.forward, backend="aot_eager", fullgraph=True)
     outputs = []

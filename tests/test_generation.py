@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, StoppingCriteria, TextIteratorStreamer
+from transformers import CompileConfig, DynamicCache, StaticCache, StoppingCriteria, TextIteratorStreamer
 
 import delta_mem as dm
 from families import backbone
@@ -155,6 +155,25 @@ def test_caches_and_chunked_prefill(model, options):
     same_memory(memory, expected_memory)
     if "past_key_values" in options:
         assert len(options["past_key_values"].layers) == 4
+
+
+def test_the_step_that_transformers_compiles_is_one_graph_for_all_memories(model):
+    """On a GPU it does so for a static cache, and each graph is a launch of its own."""
+    expected, expected_memory = generate(model)
+    graphs, runs = [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return lambda *inputs: (runs.append(graph), graph(*inputs))[1]
+
+    compile_config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    for _ in range(2):
+        out, memory = generate(model, cache_implementation="static", compile_config=compile_config)
+        assert torch.equal(out, expected)
+        same_memory(memory, expected_memory)
+    assert len(graphs) == 1 and len(runs) == 2 * 9
 
 
 def test_goes_on_with_the_users_own_cache(model):

@@ -88,6 +88,45 @@ def test_generate_compiles_the_decode_step_on_a_static_cache(config):
         torch.testing.assert_close(memories[1].layers[index], state, atol=1e-3, rtol=1e-3)
 
 
+def test_generate_records_one_graph():
+    from torch._inductor.cudagraph_trees import get_container
+
+    model, options = pair(CONFIGS["token"])[1], dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    torch._dynamo.reset()
+    memory = model.new_memory(3)
+    model.generate(IDS.cuda(), memory=memory, cache_implementation="static", eos_token_id=None, **options)
+    roots = [root for roots in get_container(0).tree_manager.roots.values() for root in roots]
+    assert len(roots) == 1 and not any(roots[0].children.values())
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_training_step_does_not_wait_for_the_gpu(config, monkeypatch):
+    """But for what transformers asks it before each forward: whether there is padding, or sequences are packed."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    from delta_mem.training import EpisodeCollator, EpisodeObjective
+    from delta_mem.training.objectives import counted
+
+    model, ids = pair(config)[1].train(), IDS.tolist()
+    episodes = [
+        {
+            "write_ids": history,
+            "write_segments": [place // 9 for place in range(len(history))],
+            "query_ids": [[5, 6, 7]],
+            "answer_ids": [[8, 9]],
+        }
+        for history in ids
+    ]
+    batch = EpisodeCollator(0)(episodes)
+    counts = counted(batch)
+    batch = {name: tensor.cuda() for name, tensor in batch.items()} | counts
+    for mode in ("default", "error"):  # at first kernels are looked for, and compiled
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            EpisodeObjective()(model, batch)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_reduce_overhead_decode(config):
     from transformers import StaticCache

@@ -327,6 +327,28 @@ def test_an_empty_history_leaves_the_memory_empty(kind):
     assert all(g is not None for g in torch.autograd.grad(loss, list(model.adapters.parameters())))
 
 
+@pytest.mark.parametrize("objective", [plain(), plain(show_history=1.0, distill_weight=0.5)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_without_padding_need_no_mask(kind, objective, monkeypatch):
+    model, rows = new_model(kind), episodes(2, context=True)
+    for row in rows:  # each one question, all of a length
+        row["query_ids"], row["answer_ids"] = [row["query_ids"][0][:2]], [[7, 8, 9]]
+        row["context_ids"] = [row["write_ids"][:3] + row["query_ids"][0]]
+    batch, masks, run = batch_of(rows), [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: (masks.append(a[1]), run(*a, **k))[1])
+
+    def both(batch):
+        loss, metrics = objective(model, batch)
+        return loss, metrics, gradients(model, loss)
+
+    without, masks_without = both(batch), masks.copy()
+    masks.clear()
+    counts = {"answer_tokens": 3, "read_padded": True, "context_padded": True}
+    close(without, both(batch | counts))
+    assert all(mask is None for mask in masks_without) and len(masks_without) == len(masks)
+    assert any(mask is not None for mask in masks)
+
+
 def test_the_pull_on_the_gates_goes_to_the_target():
     model, batch = new_model(), batch_of(episodes(3))
     optimizer = torch.optim.Adam(model.adapters.parameters(), lr=0.05)

@@ -1,9 +1,10 @@
 """Where the projections are in each model family, and the hooks that couple a memory to them.
 
-The backbone is only hooked, never rewritten. One pair of hooks on the causal LM, and in each layer:
+The backbone is only hooked, never rewritten. One pair of hooks on the decoder, which is inside the causal LM,
+and in each layer:
 
-* causal LM, before: a cache that carries a memory (`generation.MemoryLayer`) starts a `MemoryCall`.
-* causal LM, after: the call's new states become the memory's.
+* decoder, before: a cache that carries a memory (`generation.MemoryLayer`) starts a `MemoryCall`.
+* decoder, after: that call's new states become the memory's.
 * attention, before: takes the call out of the keywords, reads and writes the layer's state, and lays
   the reading down for this thread.
 * each corrected projection, after: picks the reading up and adds its correction. The output projection

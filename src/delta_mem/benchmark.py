@@ -287,6 +287,7 @@ def training_step(
     as one sequence. The loss is on all but the first of the last `read` tokens.
     """
     from .training import EpisodeObjective
+    from .training.objectives import counted
 
     history, answer = _ids(frozen, device, 1, write + read).split([write, read], 1)
     labels = answer.clone()
@@ -299,8 +300,8 @@ def training_step(
         "read_mask": torch.ones_like(answer),
         "labels": labels,
         "read_rows": torch.zeros_like(answer[:, 0]),
-        "answer_tokens": read - 1,
     }
+    episode |= counted(episode)
 
     def prepare(model: nn.Module, backbone: nn.Module) -> nn.Module:
         model.train()

@@ -2,7 +2,7 @@
 
 `transformers` already knows how to reorder beams, drop rejected drafts and repeat rows: it tells the KV
 cache. So a memory rides in the cache, as one more layer behind the last, without keys or values. The hook
-on the causal LM finds it there before each forward and starts a `MemoryCall`; `reorder_cache`, `crop` and
+on the decoder finds it there before each forward and starts a `MemoryCall`; `reorder_cache`, `crop` and
 their like reach the memory with the cache.
 
 What a cache is not told is handled here: a row that has finished is fed padding and must not write it
@@ -181,23 +181,20 @@ def memory_layer(cache: Any) -> MemoryLayer | None:
 
 
 def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Hook on the causal LM: a memory in the cache starts a call."""
+    """Hook on the decoder: a memory in the cache starts a call."""
     layer = memory_layer(kwargs.get("past_key_values"))
     if layer is None or CALL in kwargs:
         return None
-    ids = kwargs.get("input_ids")
+    ids = args[0] if args else kwargs.get("input_ids")
     tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
     return args, {**kwargs, CALL: layer.start_call(tokens)}
 
 
 def after_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-    """Hook on the causal LM: what the layers left becomes the memory's."""
-    call = kwargs.get(CALL)
-    if call is None:
-        return
-    call.commit()
-    layer = memory_layer(kwargs.get("past_key_values"))
-    if layer is not None:
+    """Hook on the decoder: a call that a memory in the cache started ends."""
+    layer, call = memory_layer(kwargs.get("past_key_values")), kwargs.get(CALL)
+    if layer is not None and call.memory is layer.memory:
+        call.commit()
         layer.end_call()
 
 

@@ -66,7 +66,9 @@ class DeltaMemModel(nn.Module):
         config = config or DeltaMemConfig()
         found = find_attention_layers(backbone)
         model = causal_lm(backbone)
-        if generation.before_forward in model._forward_pre_hooks.values():
+        # Not the causal LM: hooks of the module that generate compiles would be graphs of their own.
+        decoder = model.base_model
+        if generation.before_forward in decoder._forward_pre_hooks.values():
             raise ValueError("this backbone has a memory already; detach() that one first.")
         missing = [index for index in config.layers or () if index not in found]
         if missing:
@@ -94,8 +96,8 @@ class DeltaMemModel(nn.Module):
             parameter.requires_grad_(False)
 
         self._handles = [
-            model.register_forward_pre_hook(generation.before_forward, with_kwargs=True),
-            model.register_forward_hook(generation.after_forward, with_kwargs=True),
+            decoder.register_forward_pre_hook(generation.before_forward, with_kwargs=True),
+            decoder.register_forward_hook(generation.after_forward, with_kwargs=True),
         ]
 
     # ---- files -----------------------------------------------------------------------------------
@@ -309,13 +311,17 @@ class DeltaMemModel(nn.Module):
             trace=trace,
         )
         try:
-            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call})
+            output = self.backbone(
+                input_ids=input_ids, attention_mask=attention_mask, **kwargs, **{CALL: call}
+            )
         except IndexError:
             if input_ids is not None:
                 self._check_ids(input_ids)
             raise
         finally:
             forget_reading()
+        call.commit()
+        return output
 
     def write(
         self,

@@ -136,8 +136,7 @@ class EpisodeObjective:
                 read_segments [N, L]: the questions' and answers' segments; only for `write_questions`.
                 context_ids, context_mask, context_labels [N, C]: the same with the history before them; only
                     if `needs_context`.
-                answer_tokens: int, columns from the first label to the end of its row, at most. If it
-                    is not there, the labels are asked, which makes the host wait for the device.
+                what `counted` says of it. If that is not there, the host waits for the device to know it.
             first_row: the place of the batch's first row in the batch of all processes, so that the
                 processes' random draws are those that one process would make.
 
@@ -168,7 +167,9 @@ class EpisodeObjective:
             draws = torch.rand(first_row + rows, generator=generator)[first_row:]
             memory = _cleared(memory, draws < self.clear_memory)
 
-        answers = batch.get("answer_tokens") or answer_tokens(batch["read_mask"], batch["labels"])
+        if "read_padded" not in batch:
+            batch = {**batch, **counted(batch)}
+        answers = batch["answer_tokens"]
         trace = MemoryTrace()
         options = dict(memory=memory.select(batch["read_rows"]), write=write, trace=trace)
         kind = "context" if show else "read"
@@ -265,17 +266,19 @@ def _answer_logits(
 ) -> tuple[Tensor, Tensor]:
     """Float32 logits [N, answers, vocabulary] for the labels [N, answers] that stand beside them.
 
-    Rows are turned so that their padding comes first and all answers end in the last column: then
+    Padded rows are turned so that their padding comes first and all answers end in the last column: then
     the logits of the last columns are all that is asked of the backbone. With `write=True` what is read is
     written, too.
     """
-    ids, mask = batch[f"{kind}_ids"], batch[f"{kind}_mask"].long()
-    labels = batch["labels" if kind == "read" else "context_labels"]
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    turned = (columns + mask.sum(1, keepdim=True)) % ids.shape[1]
-    ids, mask, labels = (x.gather(1, turned) for x in (ids, mask, labels))
-    if options.get("write"):
-        segments = batch["read_segments"].gather(1, turned)
+    ids, labels = batch[f"{kind}_ids"], batch["labels" if kind == "read" else "context_labels"]
+    segments, mask = batch["read_segments"] if options.get("write") else None, None
+    if batch[f"{kind}_padded"]:  # else no mask: every layer, and the trace, would have it to heed
+        mask = batch[f"{kind}_mask"].long()
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        turned = (columns + mask.sum(1, keepdim=True)) % ids.shape[1]
+        ids, mask, labels = (x.gather(1, turned) for x in (ids, mask, labels))
+        segments = None if segments is None else segments.gather(1, turned)
+    if segments is not None:
         options |= {"segment_ids": segments, "write": writing(segments, model.delta_config.write)}
     output = model(
         ids,
@@ -302,10 +305,19 @@ def _keeping_activations(model: DeltaMemModel, count: int) -> Iterator[None]:
             layer.gradient_checkpointing = True
 
 
-def answer_tokens(mask: Tensor, labels: Tensor) -> int:
-    """The longest way from a row's first label to its end, in tokens."""
-    before = (labels != -100).long().cumsum(1) == 0
-    return int((mask.bool() & ~before).sum(1).max())
+def counted(batch: Mapping[str, Tensor]) -> dict[str, int | bool]:
+    """What must be known of a batch on the host: best found out before it is on another device.
+
+    Returns:
+        `answer_tokens`: the longest way from a row's first label to its end, in tokens; and for those of
+        `read` and `context` that are there, `read_padded`: whether a row has padding.
+    """
+    before = (batch["labels"] != -100).long().cumsum(1) == 0
+    kinds = [kind for kind in ("read", "context") if f"{kind}_mask" in batch]
+    return {
+        "answer_tokens": int((batch["read_mask"].bool() & ~before).sum(1).max()),
+        **{f"{kind}_padded": not bool(batch[f"{kind}_mask"].all()) for kind in kinds},
+    }
 
 
 def _cleared(memory: MemoryState, rows: Tensor) -> MemoryState:

@@ -38,7 +38,7 @@ from transformers.utils import logging
 from .. import checkpoint
 from ..backbones import causal_lm, find_attention_layers
 from ..model import DeltaMemModel
-from .objectives import EpisodeObjective, answer_tokens
+from .objectives import EpisodeObjective, counted
 
 logger = logging.get_logger(__name__)
 
@@ -179,14 +179,14 @@ class EpisodeModule(nn.Module):
 
 
 class _Counted:
-    """A collator whose batches say how long their answers are: asked of a device, that would make it wait."""
+    """A collator whose batches say what the host must know of them: asked of a device, that makes it wait."""
 
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
         self.collator = collator
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         batch = self.collator(rows)
-        return {**batch, "answer_tokens": answer_tokens(batch["read_mask"], batch["labels"])}
+        return {**batch, **counted(batch)}
 
 
 @contextlib.contextmanager
