@@ -1,6 +1,6 @@
 """The model rows of `delta-mem bench` for a GPU, one line each as it is measured.
 
-python benchmarks/gpu.py prefill decode-1 decode-32 compiled-1 compiled-32 train
+python benchmarks/gpu.py prefill decode-1 decode-32 compiled-1 compiled-32 generate train
 """
 
 import sys
@@ -13,6 +13,7 @@ PARTS = {
     "decode-32": lambda frozen: benchmark.decode(frozen, "cuda", 512, 32, False, 7),
     "compiled-1": lambda frozen: benchmark.decode(frozen, "cuda", 512, 1, True, 7),
     "compiled-32": lambda frozen: benchmark.decode(frozen, "cuda", 512, 32, True, 7),
+    "generate": lambda frozen: benchmark.generation(frozen, "cuda", 16, True, 7),
     "train": lambda frozen: benchmark.training_step(frozen, "cuda", 8192, 512, 3),
 }
 

@@ -278,6 +278,29 @@ def _without_guards(call: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+def generation(
+    frozen: nn.Module, device: str, context: int, compiled: bool, rounds: int, tokens: int = 64
+) -> Iterator[Row]:
+    """`generate`, of which a token counts: between two lies all that the loop around the model does, too.
+
+    With `compiled` on a static cache, for which transformers compiles the step on a GPU.
+    """
+    ids = _ids(frozen, device, 1, context)
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=tokens)
+    if compiled:
+        options["cache_implementation"] = "static"
+
+    def run(model: nn.Module, memory: bool) -> Callable[[], None]:
+        extra = (lambda: {"memory": model.new_memory()}) if memory else dict
+        return lambda: model.generate(ids, **options, **extra())
+
+    variants = {"frozen": run(twin(frozen), False)}
+    variants |= {name: run(with_memory(frozen, config), True) for name, config in VARIANTS.items()}
+    name = f"generate {tokens} after {context:,}, {'static cache' if compiled else 'eager'}"
+    for row in alternate(name, variants, device, rounds):
+        yield {**row, **{key: row[key] / tokens for key in ("seconds", "low", "high")}}
+
+
 def training_step(
     frozen: nn.Module, device: str, write: int, read: int, rounds: int, checkpointing: bool = True
 ) -> Iterator[Row]:
@@ -380,6 +403,7 @@ def model(device: str, rounds: int = 7, compiled: bool = True) -> Iterator[Row]:
         parts.append(lambda batch=batch: decode(frozen, device, 512, batch, False, rounds))
         if gpu and compiled:
             parts.append(lambda batch=batch: decode(frozen, device, 512, batch, True, rounds))
+    parts.append(lambda: generation(frozen, device, 16, gpu and compiled, rounds))
     parts.append(
         lambda: training_step(frozen, device, *((8192, 512) if gpu else (512, 128)), max(3, rounds // 2))
     )

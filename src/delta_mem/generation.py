@@ -69,7 +69,7 @@ class MemoryLayer(CacheLayerMixin):
         self.write = torch.zeros_like(mask) if write is None else write
         self.read_only = write is None
         self.coupling = coupling
-        self.alive = torch.ones(mask.shape[0], dtype=torch.bool, device=mask.device)
+        self.alive = torch.ones_like(mask[:, :1])
         self.generated_id = segment_ids.amax(1, keepdim=True).clamp(min=-1) + 1
         self.fed = 0  # tokens of the prompt that went through; stands still while decoding
         self.history: list[MemoryState] | None = [] if keep_history else None
@@ -98,14 +98,16 @@ class MemoryLayer(CacheLayerMixin):
         """mask, write and segment ids [batch, tokens] of the next tokens: prompt first, then generated."""
         start = self.fed
         prompt = min(tokens, self.mask.shape[1] - start)
-        alive = self.alive.unsqueeze(1)
+        alive, generated_id = self.alive, self.generated_id
         if prompt == 0:
-            return alive.expand(-1, tokens), True, self.generated_id.expand(-1, tokens)
+            if tokens > 1:
+                alive, generated_id = alive.expand(-1, tokens), generated_id.expand(-1, tokens)
+            return alive, True, generated_id
         self.fed = start + prompt
         parts = [part[:, start : start + prompt] for part in (self.mask, self.write, self.segment_ids)]
         generated = tokens - prompt  # drafts that assisted decoding feeds together with the prompt
         if generated:
-            tail = (alive, alive, self.generated_id)
+            tail = (alive, alive, generated_id)
             parts = [torch.cat([p, t.expand(-1, generated)], 1) for p, t in zip(parts, tail, strict=True)]
         return tuple(parts)
 
@@ -199,7 +201,7 @@ def after_forward(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> 
 
 
 class _Alive(StoppingCriteriaList):
-    """The criteria of a `generate`, noting in `alive` [batch] which rows go on."""
+    """The criteria of a `generate`, noting in `alive` [batch, 1] which rows go on."""
 
     def __init__(self, criteria: StoppingCriteriaList, alive: Tensor):
         super().__init__(criteria)
@@ -207,7 +209,7 @@ class _Alive(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
         done = super().__call__(input_ids, scores, **kwargs)
-        self.alive &= ~done
+        self.alive.masked_fill_(done.unsqueeze(1), False)
         return done
 
 

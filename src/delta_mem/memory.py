@@ -100,8 +100,8 @@ def plan_writes(
         return WritePlan(mask, read_only=True, writes=nobody)
     writes = None if write is True else write
     if memory.open_segment is None:
-        given = [flags for flags in (mask, writes) if flags is not None]
-        tokens = torch.stack(given).all(0).sum(1) if given else shape[1]
+        written = mask if writes is None else writes if mask is None else mask & writes
+        tokens = shape[1] if written is None else written.sum(1)
         return WritePlan(mask, writes=writes, tokens=tokens)
 
     before = memory.open_segment
