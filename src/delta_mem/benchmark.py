@@ -196,24 +196,36 @@ def with_memory(frozen: nn.Module, config: DeltaMemConfig) -> DeltaMemModel:
     return DeltaMemModel(twin(frozen), config)
 
 
+def _around(frozen: nn.Module, run: Callable[[nn.Module], Callable[[], None]]) -> dict[str, Callable]:
+    """What `run` makes of the frozen model, and of it with each memory."""
+    own = {name: run(with_memory(frozen, config)) for name, config in VARIANTS.items()}
+    return {"frozen": run(twin(frozen)), **own}
+
+
+def _empty_memory(model: nn.Module, batch: int = 1) -> dict[str, Any]:
+    """Keywords for a call without a past."""
+    return {"memory": model.new_memory(batch)} if isinstance(model, DeltaMemModel) else {}
+
+
+def _per_token(rows: Iterator[Row], tokens: int) -> Iterator[Row]:
+    for row in rows:
+        yield {**row, **{key: row[key] / tokens for key in ("seconds", "low", "high")}}
+
+
 def prefill(frozen: nn.Module, device: str, tokens: int, rounds: int) -> Iterator[Row]:
     """Reading a prompt of `tokens` with a KV cache."""
     ids = _ids(frozen, device, 1, tokens)
 
-    def run(model: nn.Module, memory: bool) -> Callable[[], None]:
-        extra = (lambda: {"memory": model.new_memory()}) if memory else dict
-
+    def run(model: nn.Module) -> Callable[[], None]:
         def call() -> None:
             with torch.no_grad():
-                model(ids, use_cache=True, logits_to_keep=1, **extra())
+                model(ids, use_cache=True, logits_to_keep=1, **_empty_memory(model))
 
         return call
 
-    variants = {"frozen": run(frozen, False)}
-    variants |= {name: run(with_memory(frozen, config), True) for name, config in VARIANTS.items()}
-    lora = _lora(frozen)
+    variants, lora = _around(frozen, run), _lora(frozen)
     if lora is not None:
-        variants["LoRA r=8"] = run(lora, False)
+        variants["LoRA r=8"] = run(lora)
     yield from alternate(f"prefill {tokens:,}", variants, device, rounds)
 
 
@@ -231,13 +243,13 @@ def decode(
     # One for all: where in the GPU's memory it lies makes reading it faster or slower.
     static = StaticCache(frozen.config, max_cache_len=context + steps)
 
-    def run(model: nn.Module, memory: bool) -> Callable[[], None]:
+    def run(model: nn.Module) -> Callable[[], None]:
         cache = static if compiled else DynamicCache(config=frozen.config)
         if compiled:
             cache.reset()
         options = {"use_cache": True, "past_key_values": cache}
-        if memory:
-            options |= {"memory": model.new_memory(batch), "keep_segment_open": True}
+        if memory := _empty_memory(model, batch):
+            options |= {**memory, "keep_segment_open": True}
         with torch.no_grad():
             model(ids[:, :context], logits_to_keep=1, **options)
         step = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
@@ -258,16 +270,14 @@ def decode(
 
         return call
 
-    variants = {"frozen": run(twin(frozen) if compiled else frozen, False)}
-    variants |= {name: run(with_memory(frozen, config), True) for name, config in VARIANTS.items()}
+    variants = _around(frozen, run)
     ways = {"eager": variants}
     if compiled:
         free = {name: _without_guards(call) for name, call in variants.items()}
         ways = {"compiled": variants, "no guards": free}
     for how, calls in ways.items():
         name = f"decode at {context:,}, batch {batch}, {how}"
-        for row in alternate(name, calls, device, rounds, warm_up=4):
-            yield {**row, **{key: row[key] / steps for key in ("seconds", "low", "high")}}
+        yield from _per_token(alternate(name, calls, device, rounds, warm_up=4), steps)
 
 
 def _without_guards(call: Callable[[], None]) -> Callable[[], None]:
@@ -290,15 +300,11 @@ def generation(
     if compiled:
         options["cache_implementation"] = "static"
 
-    def run(model: nn.Module, memory: bool) -> Callable[[], None]:
-        extra = (lambda: {"memory": model.new_memory()}) if memory else dict
-        return lambda: model.generate(ids, **options, **extra())
+    def run(model: nn.Module) -> Callable[[], None]:
+        return lambda: model.generate(ids, **options, **_empty_memory(model))
 
-    variants = {"frozen": run(twin(frozen), False)}
-    variants |= {name: run(with_memory(frozen, config), True) for name, config in VARIANTS.items()}
     name = f"generate {tokens} after {context:,}, {'static cache' if compiled else 'eager'}"
-    for row in alternate(name, variants, device, rounds):
-        yield {**row, **{key: row[key] / tokens for key in ("seconds", "low", "high")}}
+    yield from _per_token(alternate(name, _around(frozen, run), device, rounds), tokens)
 
 
 def training_step(

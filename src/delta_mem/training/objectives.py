@@ -153,6 +153,8 @@ class EpisodeObjective:
             raise ValueError("distill_weight and show_history need episodes encoded with with_context=True.")
         if model.training and self.write_questions and "read_segments" not in batch:
             raise ValueError("write_questions needs episodes with query_segments.")
+        if "read_padded" not in batch:
+            batch = {**batch, **counted(batch)}
         rows, device = len(batch["write_ids"]), batch["labels"].device
 
         def drawn(probability: float) -> bool:
@@ -167,10 +169,7 @@ class EpisodeObjective:
             draws = torch.rand(first_row + rows, generator=generator)[first_row:]
             memory = _cleared(memory, draws < self.clear_memory)
 
-        if "read_padded" not in batch:
-            batch = {**batch, **counted(batch)}
-        answers = batch["answer_tokens"]
-        trace = MemoryTrace()
+        answers, trace = batch["answer_tokens"], MemoryTrace()
         options = dict(memory=memory.select(batch["read_rows"]), write=write, trace=trace)
         kind = "context" if show else "read"
         written = rows * min(batch["write_ids"].shape[1], self.write_chunk or sys.maxsize)
@@ -270,16 +269,18 @@ def _answer_logits(
     the logits of the last columns are all that is asked of the backbone. With `write=True` what is read is
     written, too.
     """
-    ids, labels = batch[f"{kind}_ids"], batch["labels" if kind == "read" else "context_labels"]
-    segments, mask = batch["read_segments"] if options.get("write") else None, None
+    rows = [batch[f"{kind}_ids"], batch["labels" if kind == "read" else "context_labels"]]
+    if options.get("write"):
+        rows.append(batch["read_segments"])
+    mask = None
     if batch[f"{kind}_padded"]:  # else no mask: every layer, and the trace, would have it to heed
         mask = batch[f"{kind}_mask"].long()
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        turned = (columns + mask.sum(1, keepdim=True)) % ids.shape[1]
-        ids, mask, labels = (x.gather(1, turned) for x in (ids, mask, labels))
-        segments = None if segments is None else segments.gather(1, turned)
-    if segments is not None:
-        options |= {"segment_ids": segments, "write": writing(segments, model.delta_config.write)}
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        turned = (columns + mask.sum(1, keepdim=True)) % mask.shape[1]
+        mask, *rows = (x.gather(1, turned) for x in (mask, *rows))
+    ids, labels, *segments = rows
+    if segments:
+        options |= {"segment_ids": segments[0], "write": writing(segments[0], model.delta_config.write)}
     output = model(
         ids,
         mask,
