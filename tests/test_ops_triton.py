@@ -20,7 +20,7 @@ from transformers import StaticCache
 
 import delta_mem as dm
 from delta_mem import ops
-from delta_mem.ops import Rule, delta_rule, steps
+from delta_mem.ops import Rule, capture, delta_rule, steps
 from delta_mem.ops import triton as backend
 from families import backbone
 from test_ops import RULES, assert_close, exact, example, gradients, stream
@@ -578,12 +578,19 @@ def test_compiles_without_graph_breaks(chunks_of):
 
         def recorded(hidden, weight, bias, state):
             own = steps.Step(weight, bias, deltas, 2.0, rule)
-            (first, second), after, _ = ops.recorded_token(hidden, own, state)
-            return first, second, after
+            results, others = ops.recorded_token(hidden, own, state)
+            beside = hidden.sin()
+            ops.settle(results, [*others, beside])
+            return *results[:3], beside
 
         (first, second), after = step(hidden, weight, bias, deltas, 2.0, state, rule)
         assert_close(compiled(advance)(z, bias, state), backend.advance(z, bias, state, rule, writes, None))
-        assert_close(compiled(recorded)(hidden, weight, bias, state), (first, second, after))
+        strided = torch.stack([hidden, hidden], -1)[..., 0]
+        for given in (hidden, strided):
+            found = compiled(recorded)(given, weight, bias, state)
+            assert_close(found, (first, second, after, hidden.sin()))
+        if GPU:  # aot_eager makes copies
+            assert capture._allowed and not capture._results
 
 
 @needs_kernels

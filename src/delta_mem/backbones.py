@@ -12,7 +12,8 @@ and in each layer:
 
 When one token is decoded, reading and writing wait for the first corrected projection: from its hook one
 kernel does all that is left to do, this projection's correction included. What is the same for all layers is
-found out at the first (`ops.Token`).
+found out at the first (`ops.Token`). Under torch.compile they begin before attention instead, to run
+beside the projection.
 
 A call travels as one extra keyword, which `transformers` hands on from the causal LM to every attention
 module: unlike a context variable it survives checkpointing, compilation and threads. Only the last step,
@@ -81,8 +82,8 @@ class Reading:
         call, index, reads, corrections = self.call, self.index, self.reads, self.corrections
         waited = self.waits
         if waited:
-            offered = output if in_place and number == 0 else None
-            self.corrections = corrections = call.step(index, self.hidden, offered)
+            offered = in_place and number == 0
+            self.corrections = corrections = call.step(index, self.hidden, output, offered)
             if corrections is None:
                 self.read()
                 reads = self.reads
@@ -320,6 +321,7 @@ class MemoryCall:
         self.one_token = shape[1] == 1 and not watched
         self.token: ops.Token | None = None  # see _token_for
         self.tokens: dict[tuple, ops.Token] = {}
+        self.ahead: dict[int, tuple[list[Tensor], list[Tensor]] | None] = {}  # see step_ahead
         self.gates: dict[int, Tensor] = {}
         self.sizes: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # (layer, head): correction's, output's
 
@@ -331,23 +333,26 @@ class MemoryCall:
         """
         return self.advance(index, self.adapters[index].project(hidden)).to(hidden.dtype)
 
-    def step(self, index: int, hidden: Tensor, output: Tensor | None) -> Sequence[Tensor | None] | None:
+    def step(
+        self, index: int, hidden: Tensor, output: Tensor, in_place: bool
+    ) -> Sequence[Tensor | None] | None:
         """`take` of one token, on to the corrections; None where there is no kernel for it.
 
         Args:
-            output: what the projection of the adapter's first head gave: may be corrected in place.
+            output: what the backbone's projection gave.
+            in_place: it is of the adapter's first head, and may be corrected.
 
         Returns:
             The corrections of the adapter's heads, the first None if `output` has been corrected.
         """
         if torch.compiler.is_compiling():
-            return self._step_recorded(index, hidden)
+            return self._step_recorded(index, hidden, output)
         token = self.token
         if token is None or hidden.get_device() != token.device or hidden.dtype is not token.dtype:
             token = self._token_for(hidden)
-        corrections = token(index, hidden, output)
+        corrections = token(index, hidden, output if in_place else None)
         if corrections is None:
-            return self._step_recorded(index, hidden)
+            return self._step_recorded(index, hidden, output)
         self.left[index] = token.after[index]
         return corrections
 
@@ -361,17 +366,25 @@ class MemoryCall:
         self.token = self.tokens[key]
         return self.token
 
-    def _step_recorded(self, index: int, hidden: Tensor) -> Sequence[Tensor] | None:
+    def step_ahead(self, index: int, hidden: Tensor) -> None:
+        """Begins a recorded `step` before the backbone's own projections, so that it runs beside them."""
         step, plan = self.coupling.first.step(self.adapters[index]), self._plan_on(hidden.device)
-        if step is None:
+        if step is not None:
+            flags = plan.writes, plan.mask, plan.segments
+            given = hidden, step, self.states[index], *flags, self.open_sums.get(index)
+            self.ahead[index] = ops.recorded_token(*given)
+
+    def _step_recorded(self, index: int, hidden: Tensor, output: Tensor) -> list[Tensor] | None:
+        if index not in self.ahead:
+            self.step_ahead(index, hidden)
+        recorded = self.ahead.pop(index, None)
+        if recorded is None:
             return None
-        flags = plan.writes, plan.mask, plan.segments
-        results = ops.recorded_token(hidden, step, self.states[index], *flags, self.open_sums.get(index))
-        if results is None:
-            return None
-        corrections, *after = results
-        self._leave(index, *after)
-        return corrections
+        results, others = recorded
+        ops.settle(results, [*others, output])
+        heads = len(self.coupling.first.config.heads)
+        self._leave(index, results[heads], results[heads + 1] if self.open_sums else None)
+        return results[:heads]
 
     def advance(self, index: int, z: Tensor) -> Tensor:
         """`take` from the adapter's projections on."""
@@ -487,6 +500,8 @@ def before_attention(
         reading = Reading(place, index, call, hidden)
         if not call.one_token:
             reading.read()
+        elif torch.compiler.is_compiling():
+            call.step_ahead(index, hidden)
     _here.now.reading = reading
     return args, kwargs
 

@@ -37,6 +37,7 @@ __all__ = [
     "project",
     "read",
     "recorded_token",
+    "settle",
 ]
 
 # Called as backend(q, k, v, keep, erase, write, state), a backend returns (reads, state). It gets
@@ -233,18 +234,31 @@ def recorded_token(
     mask: Tensor | None = None,
     segments: SegmentPlan | None = None,
     open_sum: Tensor | None = None,
-) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
+) -> tuple[list[Tensor], list[Tensor]] | None:
     """One token of one layer, where torch wants to see every operation, as under torch.compile.
+
+    In a CUDA graph it runs beside what follows, until it is settled.
 
     Args are those of `steps.Token`, of one layer.
 
     Returns:
-        The corrections, the state after the token, and the sums of the segments left open. None where nobody
-        wants to see it, and on CPUs, where there is no such operation.
+        The results, to be passed to `settle` before anybody looks at them: the corrections, the state after
+        the token, the sums of the segments left open if there are any, and the token's projections. And what
+        they are made of, for `settle`, too. None where nobody wants to see it, and on CPUs, where there is no
+        such operation.
     """
     if triton.kernels is None or not triton.runs_on(hidden):
         return None
     return triton.recorded_token(hidden, step, state, writes, mask, segments, open_sum)
+
+
+def settle(results: list[Tensor], others: list[Tensor]) -> None:
+    """Ends a `recorded_token`: from now on its results are there.
+
+    Args:
+        results, others: what it returned; and to others may be added what it is to run beside.
+    """
+    torch.ops.delta_mem.settle(results, others)
 
 
 def project(hidden: Tensor, in_proj: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
 projections to its reads, and four and a sum back; a layer of a `Token` is one, or of many queries two, from
 the layer's input to the corrections of its projections. All may be captured in a CUDA graph; under
-torch.compile each is one operator of the graph, a token's layer always two launches, which in a graph cost
-little. `plan_token` says where segments end, for decoding.
+torch.compile each is one operator of the graph, but a token's layer two: `step`, always two launches, which
+in a graph run beside what follows, and `settle`, which waits for them. `plan_token` says where segments end,
+for decoding.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -24,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from . import steps
+from . import capture, steps
 from .activation import Rule
 from .segments import SegmentPlan, plan_room, plannable
 
@@ -173,7 +174,7 @@ class Token(steps.Token):
     def _projections(self, launch: "_Launch") -> Any:
         """The address of room for a layer's projections, which layers alike share."""
         if launch.features not in self._z:
-            self._z[launch.features] = launch.room(self._like)
+            self._z[launch.features] = _room(self._like, launch.features)
         return _address(self._z[launch.features])
 
 
@@ -185,7 +186,7 @@ def recorded_token(
     mask: Tensor | None,
     segments: SegmentPlan | None,
     open_sum: Tensor | None,
-) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
+) -> tuple[list[Tensor], list[Tensor]] | None:
     """See `delta_mem.ops.recorded_token`."""
     if torch.is_grad_enabled() or _transformed() or not (is_compiling() or _watched()):
         return None
@@ -199,9 +200,12 @@ def recorded_token(
         return None
     *planned, writes, mask = flags
     carried = state, open_sum, [x for x in planned if x is not None]
-    results = torch.ops.delta_mem.step(hidden, *step.packed, step.scale, *carried, *step.rule, writes, mask)
-    heads = len(step.packed[2])
-    return results[:heads], results[heads], None if open_sum is None else results[heads + 1]
+    # The model's projections, which read hidden, come after `step`, to be run beside it. What it reads itself
+    # must live until it is settled, so it has a hidden of its own: one that changes may be given other room.
+    own = hidden.clone()
+    results = torch.ops.delta_mem.step(own, *step.packed, step.scale, *carried, *step.rule, writes, mask)
+    torch.ops.delta_mem.order(hidden, results)
+    return results, [own, state, *[x for x in (open_sum, *flags) if x is not None]]
 
 
 def _flags(segments: SegmentPlan | None, writes: Tensor | None, mask: Tensor | None) -> tuple:
@@ -534,14 +538,15 @@ class _Launch:
         self.weights, self.scale = _addresses((in_proj, gate_bias, deltas)), (scale,)
         self.bits = _bits(self.weights)
 
-    def room(self, hidden: Tensor) -> Tensor:
-        """Where the projections of `hidden` go."""
-        return hidden.new_empty(len(hidden), self.features, dtype=torch.float32)
-
     def project(self, hidden: Any, z: Any) -> None:
         """The first launch. Takes addresses."""
         addresses = hidden, self.weights[0], z
         self.projection.launch(self._grid, addresses, (), _bits(addresses))
+
+
+def _room(hidden: Tensor, features: int) -> Tensor:
+    """Where a token's projections go."""
+    return hidden.new_empty(hidden.shape[0], features, dtype=torch.float32)
 
 
 def _overlaps(x: Tensor) -> bool:
@@ -827,7 +832,8 @@ def _plan_token(ids, writes, present, open_count, open_ids, keep_open, keep):
 
 def _like_step(hidden, in_proj, gate_bias, deltas, scale, state, open_sum, *_):
     corrections = [hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas]
-    return [*corrections, *[torch.empty_like(x) for x in (state, open_sum) if x is not None]]
+    after = [torch.empty_like(x) for x in (state, open_sum) if x is not None]
+    return [*corrections, *after, _room(hidden, len(in_proj))]
 
 
 @_operator(
@@ -844,13 +850,33 @@ def _step(
     rule = Rule(num_states, rank, update, tied_gates, per_row_gates)
     to = tuple(hidden.new_empty(hidden.shape[0], 1, len(delta)) for delta in deltas)
     after = torch.empty_like(state), None if open_sum is None else torch.empty_like(open_sum)
-    launch, hidden = _Launch(tensors, rule, scale, recorded=True), hidden.contiguous()
-    before = [x if x is None else x.contiguous() for x in tensors[4:]]
-    z = launch.room(hidden)
-    launch.project(_address(hidden), _address(z))
-    addresses = _address(hidden), *launch.weights, *_addresses((*before, z, to, *after))
-    launch.kernels[False].launch(launch.grid, addresses, launch.scale, _bits(addresses))
-    return [*to, *[x for x in after if x is not None]]
+    launch, z = _Launch(tensors, rule, scale, recorded=True), _room(hidden, len(in_proj))
+    results = [*to, *[x for x in after if x is not None], z]
+    given = hidden, *tensors[4:]
+    before = [x if x is None else x.contiguous() for x in given]
+    # What the launches read and write lives until `settle`, which takes it all; a copy would not.
+    copied = any(x is not y for x, y in zip(before, given, strict=True))
+    with contextlib.nullcontext() if copied else capture.branch(results):
+        start, *rest = _addresses((*before, z, to, *after))
+        launch.project(start, _address(z))
+        addresses = start, *launch.weights, *rest
+        launch.kernels[False].launch(launch.grid, addresses, launch.scale, _bits(addresses))
+    return results
+
+
+# The two operators that follow do next to nothing. To torch.compile they change what they are given, so that
+# who reads it comes after them.
+
+
+@_operator("order(Tensor(a!) later, Tensor[] earlier) -> ()", lambda later, earlier: None)
+def _order(later, earlier):
+    """Who reads `later` from now on comes after those that make `earlier`."""
+
+
+@_operator("settle(Tensor(a!)[] results, Tensor[] others) -> ()", lambda results, others: None)
+def _settle(results, others):
+    """Who reads results of `step` from now on comes after it, and after `others`, which live until then."""
+    capture.join(results)
 
 
 def _transformed() -> bool:
