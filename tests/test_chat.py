@@ -243,6 +243,16 @@ def test_saved_and_reloaded_in_the_middle(model, tmp_path):
     assert names == ["before", "memory", "session.json"]
 
 
+def test_saving_leaves_files_that_are_not_its_own(token_model, tmp_path):
+    chat = session(token_model)
+    chat.send(LINES[0])
+    own = tmp_path / "memory-of-ada.safetensors"
+    chat.memory.save(own)
+    for _ in range(2):
+        chat.save(tmp_path)
+    assert own.exists() and len(os.listdir(tmp_path)) == 4
+
+
 def test_a_broken_session_is_named(token_model, tmp_path):
     chat = session(token_model)
     chat.send(LINES[0])

@@ -87,22 +87,50 @@ def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
-def test_a_save_torn_in_the_middle_is_noticed(tmp_path, monkeypatch):
-    dm.DeltaMemModel(backbone("qwen3")).save_pretrained(tmp_path)
+@pytest.mark.parametrize("files", (0, 1, 2))
+def test_a_save_torn_in_the_middle_leaves_one_of_the_two(files, tmp_path, monkeypatch):
+    old = dm.DeltaMemModel(backbone("qwen3"))
+    old.save_pretrained(tmp_path)
     replaced, replace = [], os.replace
 
-    def crash_at_the_third(*args):
-        replaced.append(args)
-        if len(replaced) == 3:
+    def crash(*args):
+        if len(replaced) == files:
             raise OSError("power cut")
+        replaced.append(args)
         replace(*args)
 
-    monkeypatch.setattr(os, "replace", crash_at_the_third)
+    monkeypatch.setattr(os, "replace", crash)
+    new = dm.DeltaMemModel(backbone("qwen3", seed=5), dm.DeltaMemConfig(alpha=1.0))
     with pytest.raises(OSError, match="power cut"):
-        other = dm.DeltaMemModel(backbone("qwen3", seed=5), dm.DeltaMemConfig(alpha=1.0))
-        other.save_pretrained(tmp_path)
+        new.save_pretrained(tmp_path)
+    loaded, saved = checkpoint.load_adapter(tmp_path), new if files else old
+    assert loaded.fingerprint() == saved.fingerprint() and loaded.config == saved.delta_config
+
+
+def test_weights_beside_the_config_of_others_are_refused(tmp_path):
+    assets = Path(dm.__file__).parent / "assets"  # saved before weights files brought the config along
+    shutil.copy(assets / "tsw" / "delta_mem_config.json", tmp_path)
+    shutil.copy(assets / "ssw" / "delta_mem.safetensors", tmp_path)
     with pytest.raises(dm.AdapterFormatError, match="saved with other weights"):
         checkpoint.load_adapter(tmp_path)
+
+
+def test_a_crash_while_the_authors_format_is_saved_leaves_no_mixture(tmp_path, monkeypatch):
+    model, official = dm.DeltaMemModel(backbone("qwen3")), tmp_path / "official"
+    checkpoint.save_official(checkpoint.adapter_of(model), official)
+    written, write = [], checkpoint.write_atomically
+
+    def crash(path, data):
+        if written:
+            raise OSError("power cut")
+        written.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", crash)
+    with pytest.raises(OSError, match="power cut"):
+        checkpoint.save_official(checkpoint.adapter_of(model), official)
+    with pytest.raises(FileNotFoundError, match="not a delta-mem adapter"):
+        checkpoint.load_adapter(official)
 
 
 def edit(file, **fields):

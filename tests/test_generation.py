@@ -289,6 +289,16 @@ def test_prompt_tokens_that_are_only_read(model):
     same_memory(start, unchanged, atol=0)
 
 
+def test_a_generate_that_only_reads_leaves_even_an_open_segment(model):
+    memory = model.new_memory(2)
+    model.write(memory, IDS, keep_segment_open=True)
+    before = memory.fork()
+    generate(model, memory=memory, write=False)
+    same_memory(memory, before, atol=0)
+    if memory.open_segment is not None:
+        assert memory.open_segment.count.tolist() == before.open_segment.count.tolist() == [15, 15]
+
+
 def test_refusals_and_failures_change_nothing(token_model):
     memory = token_model.new_memory(2)
     token_model.write(memory, IDS)

@@ -50,6 +50,59 @@ def test_initial_weights():
     torch.testing.assert_close(torch.sigmoid(adapter.scale_raw) * 2, torch.ones(4))
 
 
+class Float8Linear(torch.nn.Module):
+    """Stands in for a projection in float8: answers in its input's dtype, which must be a wide one."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.nn.Parameter(linear.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).t()
+
+
+def test_base_slice_of_float8():
+    frozen = backbone("qwen3")
+    for layer in frozen.model.layers:
+        layer.self_attn.q_proj = Float8Linear(layer.self_attn.q_proj)
+    columns = frozen.model.layers[1].self_attn.q_proj.weight[:, :8].float()
+    adapter = dm.DeltaMemModel(frozen).adapters["1"]
+    torch.testing.assert_close(adapter.delta_q, 0.05 * columns / columns.norm(dim=0))
+
+
+def test_a_loaded_adapter_draws_no_random_numbers(tmp_path):
+    dm.DeltaMemModel(backbone("qwen3")).save_pretrained(tmp_path)
+    frozen = backbone("qwen3")
+    torch.manual_seed(0)
+    dm.DeltaMemModel.from_pretrained(frozen, tmp_path)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert drawn == torch.rand(1)
+
+
+def test_weights_changed_unseen_are_seen_in_the_next_mode():
+    config = dm.DeltaMemConfig(init="random", init_gain=0.5)
+    model = dm.DeltaMemModel(backbone("qwen3").to(torch.bfloat16), config)
+    with torch.no_grad():
+        before = model(IDS).logits
+        for weight in model.adapters.parameters():
+            weight.data.copy_(2 * weight.data)  # as moving averages do: torch counts no change
+        model.train().eval()
+        expected = dm.DeltaMemModel(backbone("qwen3").to(torch.bfloat16), config)
+        expected.adapters.load_state_dict(model.adapters.state_dict())
+        assert torch.equal(model(IDS).logits, expected(IDS).logits) and not torch.equal(
+            before, model(IDS).logits
+        )
+
+
+def test_inputs_go_where_accelerate_computes():
+    from accelerate import cpu_offload
+
+    model = dm.DeltaMemModel(cpu_offload(backbone("qwen3")))
+    assert model.device == torch.device("cpu")
+
+
 @pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
 def test_base_slice_of_packed_projections(family):
     frozen = backbone(family)

@@ -1,5 +1,7 @@
 """Branches of a CUDA graph: what waits for what."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -11,8 +13,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devic
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setattr(capture, "_allowed", True)
-    monkeypatch.setattr(capture, "_nodes", {})
-    monkeypatch.setattr(capture, "_results", {})
+    monkeypatch.setattr(capture, "_begun", {})
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -23,24 +24,87 @@ def test_without_a_capture_there_are_none():
     with capture.branch(results):
         results[0].add_(1)
     capture.join(results)
-    assert capture._allowed and not capture._nodes and not capture._results
+    assert capture._allowed and not capture._begun
 
 
-def test_an_exception_passes_through():
+def test_an_exception_passes_through_and_leaves_nothing():
     with pytest.raises(KeyboardInterrupt), capture.branch([torch.zeros(1)]):
         raise KeyboardInterrupt
+    assert not capture._begun
 
 
-def test_results_that_were_copied_end_all_branches():
+def test_results_that_were_copied_end_all_branches(caplog):
+    caplog.set_level("INFO")
     results = [torch.zeros(3), torch.zeros(2)]
     with capture.branch(results):
         pass
     capture.join([results[0], results[1].clone()])
-    assert not capture._allowed and not capture._results
+    assert not capture._allowed and "copies results" in caplog.text
     with capture.branch(results):
         pass
     capture.join(results)
-    assert not capture._results
+    capture.join(results)  # knows of none, and says nothing more
+    assert len(caplog.records) == 1
+
+
+class Driver:
+    """Notes which nodes the next launch of a capture waits for; each launch makes one."""
+
+    def __init__(self, monkeypatch):
+        self.nodes, self.made, self.fails = [1], 1, False
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(capture, "_stream", lambda device: None)
+        monkeypatch.setattr(capture, "_driver", lambda: self)
+
+    def launch(self):
+        self.made += 1
+        self.nodes = [self.made]
+
+    def cuStreamGetCaptureInfo_v2(self, stream, status, number, graph, nodes, count):
+        status._obj.value, number._obj.value, count._obj.value = capture._ACTIVE, 7, len(self.nodes)
+        self.kept = (ctypes.c_void_p * len(self.nodes))(*self.nodes)
+        ctypes.memmove(
+            ctypes.addressof(nodes._obj), ctypes.byref(ctypes.c_void_p(ctypes.addressof(self.kept))), 8
+        )
+        return int(self.fails)
+
+    def cuStreamUpdateCaptureDependencies(self, stream, nodes, count, how):
+        given = list(nodes[: count.value])
+        self.nodes = given if how.value == capture._SET else self.nodes + given
+        return 0
+
+
+def test_what_waits_for_what(monkeypatch):
+    driver, results = Driver(monkeypatch), [torch.zeros(1)]
+    with capture.branch(results):
+        driver.launch()
+        driver.launch()
+    assert driver.nodes == [1]
+    driver.launch()
+    capture.join(results)
+    assert driver.nodes == [4, 3] and not capture._begun
+    with capture.branch(results, possible=False):
+        driver.launch()
+    capture.join(results)
+    assert driver.nodes == [5]
+
+
+def test_without_news_of_the_capture_there_is_no_branch_or_an_error(monkeypatch):
+    driver, results = Driver(monkeypatch), [torch.zeros(1)]
+    driver.fails = True
+    with capture.branch(results):
+        driver.launch()
+    assert driver.nodes == [2]
+    capture.join(results)
+    driver.fails = False
+    with capture.branch(results):
+        driver.launch()
+    driver.fails = True
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        capture.join(results)
 
 
 def waited_for():
@@ -62,7 +126,7 @@ def test_the_next_launch_waits_for_a_branch_once_it_is_joined():
         z = y * 2
         after = waited_for()
         capture.join([beside])
-        assert waited_for() == after | last and not capture._nodes
+        assert waited_for() == after | last and not capture._begun
         result = z + beside
         assert len(waited_for()) == 1
     for value in (0.5, 2.0):
@@ -82,6 +146,7 @@ def test_two_branches_and_one_at_the_very_start():
         with capture.branch([second]):
             torch.add(x, 2, out=second)
         third = x + 3
+        capture.join([first])
         capture.join([second])
         result = first * second * third
     graph.replay()

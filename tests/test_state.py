@@ -196,6 +196,37 @@ def test_a_memory_of_another_adapter_is_refused(model, memory):
     same(memory, before)
 
 
+def test_a_memory_is_of_the_weights_that_wrote_it(model, tmp_path):
+    other = dm.DeltaMemModel(backbone("qwen3", seed=5), model.delta_config)
+    memory = model.new_memory()
+    model.write(memory, IDS[:1])
+    model.adapters.load_state_dict(other.adapters.state_dict())
+    with pytest.raises(dm.IncompatibleMemoryError, match="another adapter"):
+        model.write(memory, IDS[:1])
+
+
+def test_memories_whose_open_segments_differ_in_width_do_not_mix():
+    ours, theirs = (
+        dm.DeltaMemModel(backbone("qwen3"), dm.DeltaMemConfig(write="message", tied_gates=tied)).train()
+        for tied in (True, False)
+    )
+    memory = theirs.new_memory()  # in training it names no adapter
+    with pytest.raises(dm.IncompatibleMemoryError, match="open segments are 32 wide, the adapter's 24"):
+        ours.write(memory, IDS[:1])
+    with pytest.raises(dm.IncompatibleMemoryError, match="differ in width"):
+        dm.MemoryState.stack([ours.new_memory(), memory])
+
+
+def test_a_file_keeps_the_rights_it_was_given(memory, tmp_path):
+    path = tmp_path / "memory.safetensors"
+    memory.save(path)
+    path.chmod(0o600)
+    memory.save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder"):
+        memory.save(tmp_path / "nowhere" / "memory.safetensors")
+
+
 def test_the_same_weights_with_other_settings_are_another_adapter(model):
     import copy
     import dataclasses

@@ -71,6 +71,8 @@ class Reading:
 
     def read(self) -> None:
         """Reads and writes all tokens."""
+        if begun := self.call.ahead.pop(self.index, None):
+            ops.settle(*begun)  # for nothing, but nothing may run on unheeded
         self.reads = self.call.take(self.index, self.hidden)
 
     def correct(self, number: int, head: str, output: Tensor, in_place: bool) -> Tensor:
@@ -257,6 +259,8 @@ def first_columns(layer: AttentionLayer, head: str, count: int, input_size: int)
     module = layer.module.get_submodule(slot.path)
     weight = next(module.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    if dtype.itemsize == 1:
+        dtype = torch.bfloat16  # float8, which can only be multiplied
     probe = torch.eye(count, input_size, dtype=dtype, device=device_of(module))
     answers = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
     return slot.view(answers[:-1] - answers[-1], -1).flatten(1).t()
@@ -370,9 +374,9 @@ class MemoryCall:
         """Begins a recorded `step` before the backbone's own projections, so that it runs beside them."""
         step, plan = self.coupling.first.step(self.adapters[index]), self._plan_on(hidden.device)
         if step is not None:
-            flags = plan.writes, plan.mask, plan.segments
-            given = hidden, step, self.states[index], *flags, self.open_sums.get(index)
-            self.ahead[index] = ops.recorded_token(*given)
+            open_sum = None if plan.segments is None else self.open_sums[index]
+            given = self.states[index], plan.writes, plan.mask, plan.segments, open_sum
+            self.ahead[index] = ops.recorded_token(hidden, step, *given)
 
     def _step_recorded(self, index: int, hidden: Tensor, output: Tensor) -> list[Tensor] | None:
         if index not in self.ahead:
@@ -383,7 +387,8 @@ class MemoryCall:
         results, others = recorded
         ops.settle(results, [*others, output])
         heads = len(self.coupling.first.config.heads)
-        self._leave(index, results[heads], results[heads + 1] if self.open_sums else None)
+        state, *sums = results[heads:-1]  # the last are the token's projections
+        self._leave(index, state, sums[0] if sums else None)
         return results[:heads]
 
     def advance(self, index: int, z: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import copy
 import json
 import os
 import queue
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ _OWN = {
 FORMAT = "delta-mem-session"
 FORMAT_VERSION = 1
 SESSION_FILE = "session.json"
+_SAVED = re.compile(r"(memory|before)-\d+-[0-9a-f]{8}\.safetensors")  # files that `save` makes beside it
 
 
 class ChatSession:
@@ -197,10 +199,9 @@ class ChatSession:
                 else {"memory": files["before"], "messages": self._before[1]},
             }
             write_atomically(folder / SESSION_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-            for kind in ("memory", "before"):
-                for old in folder.glob(f"{kind}-*.safetensors"):
-                    if old.name not in files.values():
-                        old.unlink(missing_ok=True)
+            for old in folder.glob("*-*-*.safetensors"):
+                if _SAVED.fullmatch(old.name) and old.name not in files.values():
+                    old.unlink(missing_ok=True)
 
     @classmethod
     def load(

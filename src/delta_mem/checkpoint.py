@@ -132,6 +132,7 @@ def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
         )
     for name, target in targets.items():
         target.copy_(adapter.weights[name])
+    model.forget_fingerprint()
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def not_finite(weights: Mapping[str, Tensor]) -> str | None:
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
-    """Writes an adapter folder in our format. Each file is replaced whole, the config last.
+    """Writes an adapter folder in our format. A crash leaves the old adapter there, or the new.
 
     Raises:
         ValueError: a weight holds NaN or infinity; it is named and nothing is written.
@@ -180,7 +181,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
         "backbone": adapter.backbone,
     }
     values["weights_sha256"] = checksum(adapter.weights)
-    metadata = {"format": FORMAT, "sha256": values["weights_sha256"]}
+    # The weights come first and bring all the rest along: a save that is cut short behind them is done.
+    metadata = {"format": FORMAT, "sha256": values["weights_sha256"], "config": json.dumps(values)}
     write_atomically(folder / WEIGHTS_FILE, save_tensors(adapter.weights, metadata))
     write_atomically(folder / "README.md", model_card(adapter))
     write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
@@ -189,7 +191,6 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
 def _load_ours(folder: Path, values: dict[str, Any]) -> Adapter:
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     check_header(config_file, values, FORMAT, FORMAT_VERSION, ("config", "backbone", "weights_sha256"))
-    config = _config(config_file, values["config"])
     if not weights_file.exists():
         raise AdapterFormatError(f"{weights_file}: missing.")
     try:
@@ -204,9 +205,12 @@ def _load_ours(folder: Path, values: dict[str, Any]) -> Adapter:
     if metadata.get("sha256") != checksum(weights):
         raise AdapterFormatError(f"{weights_file}: sha256: the contents are not those that were saved.")
     if metadata["sha256"] != values["weights_sha256"]:
-        raise AdapterFormatError(
-            f"{config_file}: weights_sha256: saved with other weights than those in {weights_file.name}."
-        )
+        if "config" not in metadata:
+            raise AdapterFormatError(
+                f"{config_file}: weights_sha256: saved with other weights than those in {weights_file.name}."
+            )
+        values = json.loads(metadata["config"])
+    config = _config(config_file, values["config"])
     return Adapter(config, weights, values["backbone"], str(weights_file))
 
 
@@ -427,6 +431,8 @@ def save_official(adapter: Adapter, path: str | os.PathLike) -> None:
     with tempfile.SpooledTemporaryFile() as buffer:
         torch.save(stored, buffer)
         buffer.seek(0)
+        # Nothing in theirs says that the two belong together, so for a moment there is one only.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
         write_atomically(folder / OFFICIAL_WEIGHTS_FILE, buffer.read())
     values = config_to_official(adapter.config)
     write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")

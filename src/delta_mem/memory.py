@@ -145,7 +145,7 @@ class DeltaMemory(nn.Module):
             self.scale_raw = nn.Parameter(torch.empty(size))
         if config.o_norm:
             self.o_norm_weight = nn.Parameter(torch.empty(head_sizes["o"]))
-        self._casts: dict[str, tuple[tuple, Tensor]] = {}  # see _weight
+        self._casts: dict[str, tuple[Tensor, tuple, Tensor]] = {}  # see _weight
         self._scale = config.alpha / config.rank
 
     @property
@@ -290,9 +290,14 @@ class DeltaMemory(nn.Module):
             return weight.to(dtype)
         source = (dtype, *version(weight))
         kept = self._casts.get(name)
-        if kept is None or kept[0] != source:
-            kept = self._casts[name] = (source, weight.to(dtype))
-        return kept[1]
+        if kept is None or kept[0] is not weight or kept[1] != source:
+            kept = self._casts[name] = (weight, source, weight.to(dtype))
+        return kept[2]
+
+    def train(self, mode: bool = True) -> DeltaMemory:
+        """As `nn.Module.train`. Casts are made anew: weights may have been changed unseen."""
+        self._casts.clear()
+        return super().train(mode)
 
     def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor) -> Tensor:
         """The state after the open segment is written, in the rows (bool [batch]) where it is to be."""

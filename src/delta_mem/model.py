@@ -50,6 +50,7 @@ class DeltaMemModel(nn.Module):
     Args:
         backbone: a loaded `transformers` causal language model, or a PEFT model around one.
         config: settings of the new adapter; the defaults are the published adapter's.
+        initialise: False leaves the adapter's weights open, for who loads them next.
 
     Attributes:
         backbone: the model given.
@@ -61,7 +62,7 @@ class DeltaMemModel(nn.Module):
         ValueError: the backbone has a memory already, or `config.layers` names layers it has not.
     """
 
-    def __init__(self, backbone: nn.Module, config: DeltaMemConfig | None = None):
+    def __init__(self, backbone: nn.Module, config: DeltaMemConfig | None = None, *, initialise: bool = True):
         super().__init__()
         config = config or DeltaMemConfig()
         found = find_attention_layers(backbone)
@@ -76,7 +77,7 @@ class DeltaMemModel(nn.Module):
 
         self.delta_config = config
         adapters = {
-            index: _new_adapter(layer, config)
+            index: _new_adapter(layer, config, initialise)
             for index, layer in found.items()
             if config.layers is None or index in config.layers
         }
@@ -87,6 +88,8 @@ class DeltaMemModel(nn.Module):
                 f"({type(attention).__name__}), so no memory can reach them."
             )
         self.adapters = nn.ModuleDict({str(index): adapter for index, adapter in adapters.items()})
+        for adapter in adapters.values():
+            adapter.register_load_state_dict_post_hook(self.forget_fingerprint)
         self._coupling = Coupling(found, adapters, config.heads)
         self.backbone = backbone
         self.train(backbone.training)
@@ -118,7 +121,7 @@ class DeltaMemModel(nn.Module):
             AdapterFormatError: a broken or foreign file, or one for another backbone.
         """
         adapter = checkpoint.load_adapter(path, **hub_kwargs)
-        model = cls(backbone, adapter.config)
+        model = cls(backbone, adapter.config, initialise=False)
         try:
             checkpoint.load_weights(model, adapter)
         except BaseException:
@@ -154,7 +157,7 @@ class DeltaMemModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the backbone's embeddings."""
-        return self.backbone.get_input_embeddings().weight.device
+        return device_of(self.backbone.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -183,8 +186,12 @@ class DeltaMemModel(nn.Module):
 
     def train(self, mode: bool = True) -> DeltaMemModel:
         """As `nn.Module.train`. The fingerprint is computed anew: weights may have been changed unseen."""
-        self._fingerprint = None
+        self.forget_fingerprint()
         return super().train(mode)
+
+    def forget_fingerprint(self, *_: Any) -> None:
+        """Has it computed anew when next asked for: the weights have changed."""
+        self._fingerprint = None
 
     def named_weights(self) -> dict[str, Tensor]:
         """{"layers.<index>.<name>": tensor}: the adapter's weights as files name them; views."""
@@ -221,10 +228,14 @@ class DeltaMemModel(nn.Module):
         layers, open_segment = zeros(config.num_states, config.rank, config.rank), None
         zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
         if config.write != "token":
-            features = sum(next(iter(self._coupling.adapters.values())).rule.sections.values()) - config.width
-            open_segment = OpenSegment(zeros(features), zero.clone(), zero - 1)
+            open_segment = OpenSegment(zeros(self._written_features), zero.clone(), zero - 1)
         name = getattr(self.config, "_name_or_path", "") or self.config.model_type
         return MemoryState(layers, zero, open_segment, backbone=name)
+
+    @property
+    def _written_features(self) -> int:
+        """Numbers of a token's projections that are written: all but the queries."""
+        return sum(self._coupling.first.rule.sections.values()) - self.delta_config.width
 
     def place(self, memory: MemoryState) -> MemoryState:
         """A copy of `memory` with every layer where this model's adapter has it: on one device or several.
@@ -238,17 +249,24 @@ class DeltaMemModel(nn.Module):
         return memory.combine([memory, here], lambda pair: pair[0].to(pair[1].device, copy=True))
 
     def close_segment(self, memory: MemoryState) -> None:
-        """Writes the segments that are still open, in place. Does nothing under token writes."""
+        """Writes the segments that are still open, in place. Does nothing under token writes.
+
+        Gradients are recorded in training mode only.
+        """
         self.check_memory(memory, memory.batch_size)
         segment = memory.open_segment
         if segment is None:
             return
-        memory.layers = {
-            index: self._coupling.adapters[index].close_segment(
-                state, segment.sums[index], segment.count.to(state.device), segment.count.to(state.device) > 0
-            )
-            for index, state in memory.layers.items()
-        }
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+            memory.layers = {
+                index: self._coupling.adapters[index].close_segment(
+                    state,
+                    segment.sums[index],
+                    segment.count.to(state.device),
+                    segment.count.to(state.device) > 0,
+                )
+                for index, state in memory.layers.items()
+            }
         memory.open_segment = OpenSegment(
             {index: torch.zeros_like(total) for index, total in segment.sums.items()},
             torch.zeros_like(segment.count),
@@ -424,7 +442,7 @@ class DeltaMemModel(nn.Module):
             _read_segments(segment_ids, shape, device),
             **kwargs,
         )
-        if not keep_segment_open:
+        if not keep_segment_open and write is not False:
             self.close_segment(after)
         memory.assign(after)
         return output
@@ -541,11 +559,16 @@ class DeltaMemModel(nn.Module):
                 )
         if (memory.open_segment is None) != (config.write == "token"):
             return f"the memory is not one of write={config.write!r}."
+        if memory.open_segment is not None and memory.open_segment.features != self._written_features:
+            return (
+                f"the memory's open segments are {memory.open_segment.features} wide, the adapter's "
+                f"{self._written_features}."
+            )
         return None
 
 
-def _new_adapter(layer: Any, config: DeltaMemConfig) -> DeltaMemory:
-    """A fresh adapter for one layer, on the device of its projections."""
+def _new_adapter(layer: Any, config: DeltaMemConfig, initialise: bool) -> DeltaMemory:
+    """A fresh adapter for one layer, on the device of its projections; its weights perhaps left open."""
     absent = [head for head in config.heads if head not in layer.slots]
     if absent or "q" not in layer.slots:
         raise UnsupportedBackboneError(
@@ -557,11 +580,12 @@ def _new_adapter(layer: Any, config: DeltaMemConfig) -> DeltaMemory:
     device = device_of(layer.module.get_submodule(layer.slots["q"].path))
     with torch.device(device):
         adapter = DeltaMemory(config, sizes["q"][0], outputs)
-    columns = {}
-    if config.init == "base_slice":
-        count = min(8, config.rank)
-        columns = {h: first_columns(layer, h, count, sizes[h][0]) for h in config.heads}
-    adapter.reset_parameters(columns)
+    if initialise:
+        columns = {}
+        if config.init == "base_slice":
+            count = min(8, config.rank)
+            columns = {h: first_columns(layer, h, count, sizes[h][0]) for h in config.heads}
+        adapter.reset_parameters(columns)
     return adapter.to(torch.float32)
 
 

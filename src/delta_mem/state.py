@@ -46,6 +46,11 @@ class OpenSegment:
     count: Tensor
     ids: Tensor
 
+    @property
+    def features(self) -> int:
+        """Numbers in a layer's sum."""
+        return next(iter(self.sums.values())).shape[-1]
+
 
 class MemoryState:
     """The memory of `batch_size` conversations (one per row), all layers.
@@ -251,7 +256,7 @@ class MemoryState:
             "adapter": self.adapter or "",
             "backbone": self.backbone,
             "layers": json.dumps(list(self.layers), separators=(",", ":")),
-            "segment_features": str(0 if segment is None else _features(segment)),
+            "segment_features": str(0 if segment is None else segment.features),
             "tokens_written": json.dumps(self.tokens_written.tolist(), separators=(",", ":")),
             "created": self.created,
             "saved": _now(),
@@ -339,6 +344,8 @@ class MemoryState:
             return f"it has layers {list(other.layers)}, not {list(self.layers)}."
         if (self.open_segment is None) != (other.open_segment is None):
             return "one is of token writes, the other of segment writes."
+        if self.open_segment is not None and self.open_segment.features != other.open_segment.features:
+            return "their open segments differ in width."
         for layer, state in self.layers.items():
             theirs = other.layers[layer]
             if state.shape[1:] != theirs.shape[1:]:
@@ -383,10 +390,6 @@ def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str])
             fail("states", f"layer {index} holds NaN or infinity.")
     if "open_sums" in tensors and not torch.isfinite(tensors["open_sums"]).all():
         fail("open_sums", "holds NaN or infinity.")
-
-
-def _features(segment: OpenSegment) -> int:
-    return next(iter(segment.sums.values())).shape[-1]
 
 
 def _now() -> str:

@@ -36,6 +36,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+def option(*names: str, help: str, metavar: str | None = None, **settings: Any) -> Any:
+    """A `typer.Option` whose default is not shown unless asked for."""
+    settings.setdefault("show_default", False)
+    return typer.Option(*names, help=help, metavar=metavar, **settings)
+
+
 # ---- errors ----------------------------------------------------------------------------------------
 
 

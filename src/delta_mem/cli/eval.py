@@ -33,6 +33,7 @@ from .common import (
     find_model,
     load_backbone,
     new_folder,
+    option,
     out,
     plural,
 )
@@ -43,11 +44,6 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "settings.json"
 SHOWN_PROBLEMS = 20  # of rows that cannot be used; the rest are counted
-
-
-def _option(*names: str, help: str, metavar: str | None = None, **settings: Any) -> Any:
-    settings.setdefault("show_default", False)
-    return typer.Option(*names, help=help, metavar=metavar, **settings)
 
 
 def evaluate(
@@ -61,7 +57,7 @@ def evaluate(
     ],
     model: Annotated[
         str,
-        _option(
+        option(
             "--model",
             "-m",
             metavar="NAME",
@@ -70,11 +66,11 @@ def evaluate(
     ],
     output: Annotated[
         Path,
-        _option("--output", "-o", metavar="DIR", help="For predictions and results; a run goes on in it."),
+        option("--output", "-o", metavar="DIR", help="For predictions and results; a run goes on in it."),
     ],
     adapter: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--adapter",
             "-a",
             metavar="[LABEL=]NAME",
@@ -83,7 +79,7 @@ def evaluate(
     ] = None,
     systems: Annotated[
         str | None,
-        _option(
+        option(
             "--systems",
             "-s",
             metavar="LIST",
@@ -93,14 +89,14 @@ def evaluate(
         ),
     ] = None,
     lora: Annotated[
-        str | None, _option(metavar="NAME", help="LoRA adapter for 'lora', in PEFT's format.")
+        str | None, option(metavar="NAME", help="LoRA adapter for 'lora', in PEFT's format.")
     ] = None,
     prefix: Annotated[
-        str | None, _option(metavar="NAME", help="Prefix or prompt for 'prefix', in PEFT's format.")
+        str | None, option(metavar="NAME", help="Prefix or prompt for 'prefix', in PEFT's format.")
     ] = None,
     data: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--data",
             "-d",
             metavar="[TASK=]FILE",
@@ -108,14 +104,14 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, _option(metavar="N", min=1, help="Ask the first N questions of a task.")
+        int | None, option(metavar="N", min=1, help="Ask the first N questions of a task.")
     ] = None,
     batch_size: Annotated[
-        int, _option(metavar="N", min=1, help="Questions answered together.", show_default=True)
+        int, option(metavar="N", min=1, help="Questions answered together.", show_default=True)
     ] = 16,
     context_tokens: Annotated[
         int | None,
-        _option(
+        option(
             metavar="N",
             min=1,
             help="Longest prompt, in tokens; messages that do not fit are left out.",
@@ -123,18 +119,18 @@ def evaluate(
         ),
     ] = None,
     window: Annotated[
-        int, _option(metavar="N", min=1, help="Messages that 'window' sees.", show_default=True)
+        int, option(metavar="N", min=1, help="Messages that 'window' sees.", show_default=True)
     ] = 8,
     top_k: Annotated[
-        int, _option(metavar="K", min=1, help="Messages that 'bm25' and 'dense' see.", show_default=True)
+        int, option(metavar="K", min=1, help="Messages that 'bm25' and 'dense' see.", show_default=True)
     ] = 8,
     encoder: Annotated[
         str | None,
-        _option(metavar="NAME", help="The embeddings of 'dense'.", show_default="all-MiniLM-L6-v2"),
+        option(metavar="NAME", help="The embeddings of 'dense'.", show_default="all-MiniLM-L6-v2"),
     ] = None,
     write_chunk: Annotated[
         int,
-        _option(
+        option(
             metavar="N",
             min=1,
             help="Write a history N tokens at a time, as it was trained.",
@@ -143,19 +139,19 @@ def evaluate(
     ] = 2048,
     device: Annotated[
         str,
-        _option(
+        option(
             metavar="NAME", help="cpu, cuda, cuda:1, mps, …; auto: an accelerator, if any.", show_default=True
         ),
     ] = "auto",
     dtype: Annotated[
         Dtype,
-        _option(
+        option(
             metavar="NAME",
             help="The backbone's: float32, bfloat16, float16; auto: as it was saved.",
             show_default=True,
         ),
     ] = Dtype.auto,
-    seed: Annotated[int, _option(metavar="N", help="Of all that a task draws.", show_default=True)] = 0,
+    seed: Annotated[int, option(metavar="N", help="Of all that a task draws.", show_default=True)] = 0,
 ) -> None:
     """Ask benchmarks of a memory and of its rivals; write a table with scores and costs.
 

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from ..config import DeltaMemConfig
-from .common import INTERRUPTED, Dtype, complain, err, load_backbone, new_folder, out, plural
+from .common import INTERRUPTED, Dtype, complain, err, load_backbone, new_folder, option, out, plural
 
 if TYPE_CHECKING:
     from ..model import DeltaMemModel
@@ -98,14 +98,9 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _option(*names: str, help: str, metavar: str | None = None, **settings: Any) -> Any:
-    settings.setdefault("show_default", False)
-    return typer.Option(*names, help=help, metavar=metavar, **settings)
-
-
 def _share(help: str, metavar: str) -> Any:
     """An option between 0 and 1."""
-    return _option(help=help, metavar=metavar, min=0, max=1, show_default=True)
+    return option(help=help, metavar=metavar, min=0, max=1, show_default=True)
 
 
 def _field_help(name: str) -> str:
@@ -116,17 +111,17 @@ def _field_help(name: str) -> str:
 def train(
     context: typer.Context,
     model: Annotated[
-        str, _option("--model", "-m", metavar="NAME", help="The backbone: a folder, or a hub id.")
+        str, option("--model", "-m", metavar="NAME", help="The backbone: a folder, or a hub id.")
     ],
     data: Annotated[
-        list[Path], _option("--data", "-d", metavar="FILE", help="Episodes, .jsonl or .jsonl.gz; repeatable.")
+        list[Path], option("--data", "-d", metavar="FILE", help="Episodes, .jsonl or .jsonl.gz; repeatable.")
     ],
     output: Annotated[
-        Path, _option("--output", "-o", metavar="DIR", help="A new folder, for checkpoints and the adapter.")
+        Path, option("--output", "-o", metavar="DIR", help="A new folder, for checkpoints and the adapter.")
     ],
     config: Annotated[
         Path | None,
-        _option(
+        option(
             "--config",
             "-c",
             metavar="FILE",
@@ -136,11 +131,11 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, _option("--resume", help="Go on from the last checkpoint in --output, with the same settings.")
+        bool, option("--resume", help="Go on from the last checkpoint in --output, with the same settings.")
     ] = False,
     eval_data: Annotated[
         list[Path] | None,
-        _option(
+        option(
             "--eval-data",
             metavar="FILE",
             help="Held-out episodes, scored at every checkpoint and at the end; repeatable.",
@@ -149,27 +144,25 @@ def train(
     # The adapter.
     init_from: Annotated[
         str | None,
-        _option(
+        option(
             "--init-from",
             metavar="NAME",
             help="Train this adapter on, with its settings: a folder, or a hub id.",
         ),
     ] = None,
-    rank: Annotated[int, _option(help=_field_help("rank"), metavar="R", min=1, show_default=True)] = 8,
-    alpha: Annotated[float, _option(help=_field_help("alpha"), metavar="A", show_default=True)] = 16.0,
-    states: Annotated[
-        int, _option(help=_field_help("num_states"), metavar="H", min=1, show_default=True)
-    ] = 1,
-    heads: Annotated[str, _option(help=_field_help("heads"), metavar="LIST", show_default=True)] = "q,o",
+    rank: Annotated[int, option(help=_field_help("rank"), metavar="R", min=1, show_default=True)] = 8,
+    alpha: Annotated[float, option(help=_field_help("alpha"), metavar="A", show_default=True)] = 16.0,
+    states: Annotated[int, option(help=_field_help("num_states"), metavar="H", min=1, show_default=True)] = 1,
+    heads: Annotated[str, option(help=_field_help("heads"), metavar="LIST", show_default=True)] = "q,o",
     write: Annotated[
         Write,
-        _option(
+        option(
             help="What is written: token (TSW), message or sentence (SSW).", metavar="WHAT", show_default=True
         ),
     ] = Write.token,
     layers: Annotated[
         str | None,
-        _option(
+        option(
             help="Layers with a memory, such as 4,8,12.",
             metavar="LIST",
             show_default="every softmax-attention layer",
@@ -177,21 +170,19 @@ def train(
     ] = None,
     # Episodes.
     write_tokens: Annotated[
-        int, _option(help="Longest history, in tokens.", metavar="N", min=1, show_default=True)
+        int, option(help="Longest history, in tokens.", metavar="N", min=1, show_default=True)
     ] = 8192,
     read_tokens: Annotated[
         int,
-        _option(help="Longest query and answer together, in tokens.", metavar="N", min=1, show_default=True),
+        option(help="Longest query and answer together, in tokens.", metavar="N", min=1, show_default=True),
     ] = 512,
     keep: Annotated[
         Keep,
-        _option(
-            help="Tokens kept of a longer history: newest or oldest.", metavar="WHICH", show_default=True
-        ),
+        option(help="Tokens kept of a longer history: newest or oldest.", metavar="WHICH", show_default=True),
     ] = Keep.newest,
     recent_messages: Annotated[
         int,
-        _option(
+        option(
             help='With "messages" lines: how many messages before the answer are the query.',
             metavar="N",
             min=1,
@@ -199,16 +190,16 @@ def train(
         ),
     ] = 1,
     strict: Annotated[
-        bool, _option("--strict", help="Stop at the first line that cannot be used; otherwise it is skipped.")
+        bool, option("--strict", help="Stop at the first line that cannot be used; otherwise it is skipped.")
     ] = False,
     streaming: Annotated[
         bool,
-        _option("--streaming", help="Read and tokenize while training, without a cache; needs --steps."),
+        option("--streaming", help="Read and tokenize while training, without a cache; needs --steps."),
     ] = False,
     # The objective.
     sparsity_weight: Annotated[
         float,
-        _option(help="Weight of the pull on the mean write gate.", metavar="W", min=0, show_default=True),
+        option(help="Weight of the pull on the mean write gate.", metavar="W", min=0, show_default=True),
     ] = 0.01,
     sparsity_target: Annotated[float, _share("Mean write gate that it pulls to.", "G")] = 0.05,
     distill_weight: Annotated[
@@ -231,7 +222,7 @@ def train(
     ] = 0.0,
     write_chunk: Annotated[
         int | None,
-        _option(
+        option(
             help="Write a history N tokens at a time, for long ones.",
             metavar="N",
             min=1,
@@ -240,29 +231,25 @@ def train(
     ] = None,
     gradient_chunks: Annotated[
         int | None,
-        _option(
-            help="Back-propagate through the last N chunks only.", metavar="N", min=1, show_default="all"
-        ),
+        option(help="Back-propagate through the last N chunks only.", metavar="N", min=1, show_default="all"),
     ] = None,
     # The run.
     epochs: Annotated[
-        float, _option(help="Passes over the data, or a part of one.", metavar="N", show_default=True)
+        float, option(help="Passes over the data, or a part of one.", metavar="N", show_default=True)
     ] = 1.0,
     steps: Annotated[
-        int | None, _option(help="Stop after so many steps, whatever --epochs says.", metavar="N", min=1)
+        int | None, option(help="Stop after so many steps, whatever --epochs says.", metavar="N", min=1)
     ] = None,
-    lr: Annotated[
-        float, _option(help="Peak learning rate.", metavar="RATE", min=0, show_default=True)
-    ] = 2e-4,
+    lr: Annotated[float, option(help="Peak learning rate.", metavar="RATE", min=0, show_default=True)] = 2e-4,
     batch_size: Annotated[
-        int, _option(help="Episodes per process and forward pass.", metavar="N", min=1, show_default=True)
+        int, option(help="Episodes per process and forward pass.", metavar="N", min=1, show_default=True)
     ] = 1,
     accumulate: Annotated[
-        int, _option(help="Forward passes per step.", metavar="N", min=1, show_default=True)
+        int, option(help="Forward passes per step.", metavar="N", min=1, show_default=True)
     ] = 4,
     dtype: Annotated[
         Dtype,
-        _option(
+        option(
             metavar="NAME",
             help="The backbone's: float32, bfloat16, float16; auto: as it was saved.",
             show_default=True,
@@ -270,22 +257,22 @@ def train(
     ] = Dtype.auto,
     gradient_checkpointing: Annotated[
         bool,
-        _option(
+        option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
             help="Compute activations again instead of keeping them: slower, for much less memory.",
         ),
     ] = False,
     seed: Annotated[
         int,
-        _option(
+        option(
             help="Of the new adapter, the order of episodes and all else.", metavar="N", show_default=True
         ),
     ] = 42,
     save_every: Annotated[
-        int, _option(help="Steps between checkpoints.", metavar="N", min=1, show_default=True)
+        int, option(help="Steps between checkpoints.", metavar="N", min=1, show_default=True)
     ] = 500,
     report_to: Annotated[
-        list[str] | None, _option(help="tensorboard, wandb, …; repeatable.", metavar="NAME")
+        list[str] | None, option(help="tensorboard, wandb, …; repeatable.", metavar="NAME")
     ] = None,
 ) -> None:
     """Train an adapter: a history is written into the memory, then questions are answered without it.
@@ -570,7 +557,8 @@ def _told_by_another_process(text: str) -> bool:
 
 
 def _check_trained(trainer: MemoryTrainer) -> None:
-    """
+    """Sees that there has been a step.
+
     Raises:
         LineError: there was nothing to train on, as workers that share a stream leave it.
     """

@@ -239,13 +239,14 @@ def recorded_token(
 
     In a CUDA graph it runs beside what follows, until it is settled.
 
-    Args are those of `steps.Token`, of one layer.
+    Args:
+        hidden, step, state, writes, mask, segments, open_sum: as in `steps.Token`, of one layer.
 
     Returns:
         The results, to be passed to `settle` before anybody looks at them: the corrections, the state after
         the token, the sums of the segments left open if there are any, and the token's projections. And what
-        they are made of, for `settle`, too. None where nobody wants to see it, and on CPUs, where there is no
-        such operation.
+        they are made of, for `settle`, too. None outside torch.compile and dispatch modes, and on CPUs, where
+        there is no such operation.
     """
     if triton.kernels is None or not triton.runs_on(hidden):
         return None

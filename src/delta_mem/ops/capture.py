@@ -12,76 +12,88 @@ is captured, there are no branches: launches wait for each other in their order.
 import contextlib
 import ctypes
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+_logger = logging.getLogger(__name__)
+
 _ADD, _SET = 0, 1  # CUstreamUpdateCaptureDependencies_flags
 _ACTIVE = 1  # CUstreamCaptureStatus
 
 _allowed = True
-_nodes: dict[int, list[int]] = {}  # the last ones of branches that are to be joined, by the capture's number
-_results: dict[int, list[int]] = {}  # addresses of each branch's results, by that of the first
+# By the addresses of their results, branches that are to be joined: the capture's number, and the last nodes.
+# None for one that was none, because nothing is captured.
+_begun: dict[tuple[int, ...], tuple[int, list[int]] | None] = {}
 
 
 @contextlib.contextmanager
-def branch(results: Sequence[Tensor]) -> Iterator[None]:
+def branch(results: Sequence[Tensor], possible: bool = True) -> Iterator[None]:
     """What is launched within it, on the current stream of the results' device, is a branch.
 
     Until it is joined, all that its launches read and write must stay allocated, and untouched by others.
 
     Args:
         results: what the launches write.
+        possible: False: it shall be none, and is joined all the same.
     """
-    if not _allowed:
-        yield
-        return
-    addresses = [x.data_ptr() for x in results]
-    _results[addresses[0]] = addresses
-    device = results[0].get_device()
-    before = _captured(device)
+    device, before, after = results[0].get_device(), None, None
+    if possible and _allowed:
+        with contextlib.suppress(RuntimeError):
+            before = _captured(device)
     yield
-    if before is not None and (after := _captured(device)) is not None:
-        number, nodes = before
-        _update(device, nodes, _SET)
-        _nodes.setdefault(number, []).extend(after[1])
+    if before is not None:
+        with contextlib.suppress(RuntimeError):  # then all that follows waits
+            after = _captured(device)
+            _update(device, before[1], _SET)
+    _begun[_addresses(results)] = after
 
 
 def join(results: Sequence[Tensor]) -> None:
-    """What is launched next waits for all branches of this capture.
+    """What is launched next waits for a branch.
 
     Args:
-        results: those of a branch. If they are copies of them, made by torch.compile too early, there will be
-            no branches from now on: it runs a graph before it captures it.
+        results: those of the branch. torch.compile runs a graph once before it captures it; if it has made
+            copies of them, that shows there, and from then on there are no branches.
 
     Raises:
-        RuntimeError: copies, in the middle of a capture.
+        RuntimeError: copies, or no news of the capture, while one goes on.
     """
     global _allowed
-    device, addresses = results[0].get_device(), [x.data_ptr() for x in results]
-    now = _captured(device)
-    nodes = None if now is None else _nodes.pop(now[0], None)
-    if nodes:
-        _update(device, nodes, _ADD)
-    if _results and _results.pop(addresses[0], None) != addresses:
+    device, addresses = results[0].get_device(), _addresses(results)
+    if addresses in _begun:
+        begun = _begun.pop(addresses)
+        if begun is not None and (now := _captured(device)) is not None and now[0] == begun[0]:
+            _update(device, begun[1], _ADD)
+    elif _allowed:
         _allowed = False
-        _results.clear()
-        if nodes:
+        _logger.info("torch.compile copies results of a kernel, so it will not run beside others.")
+        if _captured(device) is not None:
             raise RuntimeError("torch.compile has copied the results of a kernel that is still to run.")
 
 
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple([x.data_ptr() for x in tensors])
+
+
 def _captured(device: int) -> tuple[int, list[int]] | None:
-    """The capture's number, and the nodes that the next launch will wait for; None if nothing is captured."""
+    """The capture's number, and the nodes that the next launch will wait for; None if nothing is captured.
+
+    Raises:
+        RuntimeError: something is captured, and these are not to be had.
+    """
     if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
         return None
     if device != torch.cuda.current_device() or (driver := _driver()) is None:
-        return None
+        raise RuntimeError("cannot look into what is captured.")
     status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
     nodes, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_size_t()
     results = map(ctypes.byref, (status, number, graph, nodes, count))
-    if driver.cuStreamGetCaptureInfo_v2(_stream(device), *results) or status.value != _ACTIVE:
-        return None
+    error = driver.cuStreamGetCaptureInfo_v2(_stream(device), *results)
+    if error or status.value != _ACTIVE:
+        raise RuntimeError(f"CUDA error {error} while a graph was captured (cuStreamGetCaptureInfo_v2).")
     return number.value, nodes[: count.value] if count.value else []
 
 

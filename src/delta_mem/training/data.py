@@ -416,7 +416,8 @@ def _lines(file: str) -> Iterator[bytes]:
 
 
 def check_file(file: str | os.PathLike) -> None:
-    """
+    """Sees that a file can be read, and again.
+
     Raises:
         OSError: it cannot be read.
         ValueError: it is not a regular file. Files are read more than once, which a pipe cannot be.

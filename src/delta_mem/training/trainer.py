@@ -288,7 +288,8 @@ class MemoryTrainer(Trainer):
         return random.Random(f"{self.args.seed} {step} {batch}").getrandbits(63)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """
+        """As `Trainer.log`, with the means of the objective's metrics since the last time.
+
         Raises:
             FloatingPointError: the loss is not finite, and the weights are not: training is of no use.
         """
