@@ -243,6 +243,39 @@ def test_saved_and_reloaded_in_the_middle(model, tmp_path):
     assert names == ["before", "memory", "session.json"]
 
 
+def test_a_reply_is_not_taken_back_with_what_was_written_since(token_model):
+    chat = session(token_model)
+    chat.send(LINES[0])
+    token_model.write(chat.memory, torch.randint(3, 100, (1, 10)))
+    before = chat.memory.fork()
+    with pytest.raises(ValueError, match="written to since the reply"):
+        chat.regenerate()
+    same(chat.memory, before)
+
+
+def test_a_stream_computes_as_its_caller_does(token_model):
+    one, other = session(token_model), session(token_model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one.send(LINES[0])
+        "".join(other.stream(LINES[0]))
+    same(one.memory, other.memory)
+
+
+def test_a_session_that_cannot_forget_remembers_it_all(token_model, monkeypatch):
+    chat = session(token_model)
+    chat.send(LINES[0])
+    messages, memory = chat.messages, chat.memory.fork()
+
+    def full(self):
+        raise MemoryError
+
+    monkeypatch.setattr(dm.MemoryState, "reset", full)
+    with pytest.raises(MemoryError):
+        chat.reset()
+    assert chat.messages == messages
+    same(chat.memory, memory)
+
+
 def test_saving_leaves_files_that_are_not_its_own(token_model, tmp_path):
     chat = session(token_model)
     chat.send(LINES[0])

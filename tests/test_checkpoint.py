@@ -115,22 +115,33 @@ def test_weights_beside_the_config_of_others_are_refused(tmp_path):
         checkpoint.load_adapter(tmp_path)
 
 
-def test_a_crash_while_the_authors_format_is_saved_leaves_no_mixture(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    adapter = checkpoint.adapter_of(dm.DeltaMemModel(backbone("qwen3")))
+    checkpoint.save_official(adapter, tmp_path)
+    stored = torch.load(tmp_path / "delta_mem_adapter.pt")
+    next(iter(stored.values()))[0] = torch.nan
+    torch.save(stored, tmp_path / "delta_mem_adapter.pt")
+    with pytest.raises(dm.AdapterFormatError, match="holds NaN or infinity"):
+        dm.DeltaMemModel.from_pretrained(backbone("qwen3"), tmp_path)
+
+
+def test_a_disk_that_is_full_leaves_an_adapter_of_the_authors_format_whole(tmp_path, monkeypatch):
     model, official = dm.DeltaMemModel(backbone("qwen3")), tmp_path / "official"
     checkpoint.save_official(checkpoint.adapter_of(model), official)
-    written, write = [], checkpoint.write_atomically
+    before = {name: (official / name).read_bytes() for name in os.listdir(official)}
+    synced, sync = [], os.fsync
 
-    def crash(path, data):
-        if written:
-            raise OSError("power cut")
-        written.append(path)
-        write(path, data)
+    def full(file):
+        synced.append(file)
+        if len(synced) == 2:
+            raise OSError("disk full")
+        sync(file)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", crash)
-    with pytest.raises(OSError, match="power cut"):
-        checkpoint.save_official(checkpoint.adapter_of(model), official)
-    with pytest.raises(FileNotFoundError, match="not a delta-mem adapter"):
-        checkpoint.load_adapter(official)
+    monkeypatch.setattr(os, "fsync", full)
+    other = dm.DeltaMemModel(backbone("qwen3", seed=5), dm.DeltaMemConfig(alpha=1.0))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_official(checkpoint.adapter_of(other), official)
+    assert {name: (official / name).read_bytes() for name in os.listdir(official)} == before
 
 
 def edit(file, **fields):

@@ -299,6 +299,23 @@ def test_a_generate_that_only_reads_leaves_even_an_open_segment(model):
         assert memory.open_segment.count.tolist() == before.open_segment.count.tolist() == [15, 15]
 
 
+def test_drafts_do_not_go_on_from_a_cache(token_model):
+    memory, options = token_model.new_memory(), dict(do_sample=False, pad_token_id=0, max_new_tokens=6)
+    first = token_model.generate(IDS[:1], memory=memory, return_dict_in_generate=True, **options)
+    before, cache = memory.fork(), first.past_key_values
+    for ids in (first.sequences, first.sequences[:, cache.get_seq_length() :]):
+        with pytest.raises(ValueError, match="does not go on from a KV cache"):
+            token_model.generate(
+                ids,
+                memory=memory,
+                past_key_values=cache,
+                attention_mask=torch.ones_like(first.sequences),
+                prompt_lookup_num_tokens=3,
+                **options,
+            )
+    same_memory(memory, before, atol=0)
+
+
 def test_refusals_and_failures_change_nothing(token_model):
     memory = token_model.new_memory(2)
     token_model.write(memory, IDS)

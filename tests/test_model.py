@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
 
 import delta_mem as dm
 from families import backbone
@@ -94,6 +94,39 @@ def test_weights_changed_unseen_are_seen_in_the_next_mode():
         assert torch.equal(model(IDS).logits, expected(IDS).logits) and not torch.equal(
             before, model(IDS).logits
         )
+
+
+def test_the_memory_is_off_for_as_long_as_any_thread_wants_it_off():
+    model = dm.DeltaMemModel(backbone("qwen3"))
+
+    def written():
+        return int(model.write(model.new_memory(), IDS[:1]).tokens_written)
+
+    first, second = model.disable_adapter(), model.disable_adapter()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert written() == 0
+    second.__exit__(None, None, None)
+    assert written() == IDS.shape[1]
+
+
+def test_a_mask_as_long_as_a_static_cache():
+    model = dm.DeltaMemModel(backbone("qwen3"), dm.DeltaMemConfig(init="random", init_gain=0.5))
+    results = []
+    for longest in (20, None):
+        cache, memory, logits = StaticCache(model.config, max_cache_len=20), model.new_memory(2), []
+        mask = torch.zeros(2, 20, dtype=torch.int64)
+        with torch.no_grad():
+            for start, end in ((0, 8), (8, 9), (9, 12)):
+                mask[:, start:end] = 1
+                mask[0, :3] = 0
+                given = dict(memory=memory, past_key_values=cache, use_cache=True)
+                logits.append(model(IDS[:, start:end], mask[:, : longest or end], **given).logits)
+        assert memory.tokens_written.tolist() == [9, 12]
+        results.append((torch.cat(logits, 1), *memory.layers.values()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_inputs_go_where_accelerate_computes():

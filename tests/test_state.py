@@ -205,6 +205,34 @@ def test_a_memory_is_of_the_weights_that_wrote_it(model, tmp_path):
         model.write(memory, IDS[:1])
 
 
+def test_what_a_database_or_a_list_gives(model, memory):
+    for kind in (bytearray, memoryview):
+        same(dm.MemoryState.from_bytes(kind(memory.to_bytes())), memory)
+    same(memory.select([1, 0, 1]), memory.select(torch.tensor([1, 0, 1])))
+
+
+def test_a_pickled_memory_is_no_larger_than_it_is(model):
+    import pickle
+
+    memory = model.new_memory()
+    with torch.no_grad():
+        model(IDS[:1], memory=memory)
+        model(IDS[:1, :1], memory=memory)
+    fresh = pickle.dumps(memory.fork())
+    assert len(pickle.dumps(memory)) <= len(fresh)
+    same(pickle.loads(pickle.dumps(memory)), memory)
+
+
+def test_a_memory_of_segment_writes_is_refused_by_token_writes(model):
+    other = dm.DeltaMemModel(
+        backbone("qwen3"),
+        dm.DeltaMemConfig(write="token" if model.delta_config.write != "token" else "message"),
+    )
+    for one, two in ((model, other), (other, model)):
+        with pytest.raises(dm.IncompatibleMemoryError):
+            one.place(two.new_memory())
+
+
 def test_memories_whose_open_segments_differ_in_width_do_not_mix():
     ours, theirs = (
         dm.DeltaMemModel(backbone("qwen3"), dm.DeltaMemConfig(write="message", tied_gates=tied)).train()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import queue
@@ -92,6 +93,7 @@ class ChatSession:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.generate_kwargs = generate_kwargs
         self._before: tuple[MemoryState, int] | None = None  # memory and messages before the last reply
+        self._written = int(memory.tokens_written)  # when the last turn ended
         self._busy = threading.Lock()
 
     @property
@@ -137,30 +139,31 @@ class ChatSession:
         with self._alone():
             message = {"role": role, "content": content}
             self._take_turn([*self.messages, message], len(self.messages))
-            self._before = None
 
     def regenerate(self, **generate_kwargs: Any) -> str:
         """Takes the last reply back, out of the memory too, and replies anew.
 
         Raises:
-            ValueError: there is no reply to take back.
+            ValueError: there is no reply to take back, or something else was written since.
         """
         with self._alone():
             if self._before is None:
                 raise ValueError("there is no reply to regenerate.")
+            if int(self.memory.tokens_written) != self._written:
+                raise ValueError("the memory has been written to since the reply: it cannot be taken back.")
             memory, count = self._before
             undone = copy.copy(self)
             undone.memory, undone.messages = memory.fork(), self.messages[:count]
             reply = undone._reply(self.messages[count], generate_kwargs)
-            self._take_over(undone)
+            self._commit(undone.memory, undone.messages, undone._before)
             return reply
 
     def reset(self) -> None:
         """Forgets the conversation and the memory; the system prompt stays."""
         with self._alone():
-            self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
-            self.memory.reset()
-            self._before = None
+            memory = self.memory.fork()
+            memory.reset()
+            self._commit(memory, [m for m in self.messages[:1] if m["role"] == "system"], None)
 
     def fork(self) -> ChatSession:
         """An independent session with the same past."""
@@ -170,6 +173,7 @@ class ChatSession:
             other.messages = copy.deepcopy(self.messages)
             if self._before is not None:
                 other._before = (self._before[0].fork(), self._before[1])
+            other._written = self._written
             return other
 
     # ---- files -----------------------------------------------------------------------------------
@@ -231,7 +235,6 @@ class ChatSession:
 
     def _reply(self, message: dict, generate_kwargs: dict, streamer=None, stop=None) -> str:
         """Takes `message` in, generates the reply and takes that in too."""
-        before, count = self.memory.fork(), len(self.messages)
         options = {**self.generate_kwargs, **generate_kwargs}
         taken = sorted(_OWN.intersection(options))
         if taken:
@@ -242,15 +245,14 @@ class ChatSession:
         if stop is not None:
             criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
             options["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
-        reply = self._take_turn([*self.messages, message], count, options)
-        self._before = (before, count)
-        return reply
+        return self._take_turn([*self.messages, message], len(self.messages), options)
 
     def _take_turn(self, messages: list[dict], first_new: int, options: dict | None = None) -> str:
         """Writes messages from `first_new` on and, given `options`, generates a reply.
 
         Memory and messages change together at the end, or not at all.
         """
+        before = None if options is None else (self.memory.fork(), first_new)
         ids, write, segments = self._context(messages, first_new, add_generation_prompt=options is not None)
         memory, device = self.memory.fork(), self.model.device
         inputs, write, segments = (torch.tensor([row], device=device) for row in (ids, write, segments))
@@ -271,8 +273,7 @@ class ChatSession:
                 self._take_last_token(output, config.eos_token_id, memory, segments)
                 reply = self.tokenizer.decode(said, skip_special_tokens=True)
                 messages = [*messages, {"role": "assistant", "content": reply}]
-        self.memory.assign(memory)
-        self.messages = messages
+        self._commit(memory, messages, before)
         return reply
 
     def _take_last_token(self, output: Any, ends: list[int], memory: MemoryState, segments: Tensor) -> None:
@@ -345,10 +346,15 @@ class ChatSession:
     def _stream(self, message: dict, generate_kwargs: dict) -> Iterator[str]:
         pieces = _Pieces(self.tokenizer)
         stop = _Stop()
+        device = self.model.device.type
+        autocast = functools.partial(  # the caller's, which is a thread's own
+            torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
 
         def run():
             try:
-                self._reply(message, generate_kwargs, pieces, stop)
+                with autocast():
+                    self._reply(message, generate_kwargs, pieces, stop)
             except BaseException as error:  # handed to the thread that reads
                 pieces.queue.put(error)
             finally:
@@ -371,9 +377,13 @@ class ChatSession:
     def _alone(self) -> _Alone:
         return _Alone(self._busy)
 
-    def _take_over(self, other: ChatSession) -> None:
-        self.memory.assign(other.memory)
-        self.messages, self._before = other.messages, other._before
+    def _commit(
+        self, memory: MemoryState, messages: list[dict], before: tuple[MemoryState, int] | None
+    ) -> None:
+        """Where a turn, or what else changes a conversation, ends."""
+        written = int(memory.tokens_written)
+        self.memory.assign(memory)
+        self.messages, self._before, self._written = messages, before, written
 
 
 def read_session(path: str | os.PathLike) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .config import HEADS, DeltaMemConfig
 from .errors import AdapterFormatError
-from .files import check_header, checksum, download, read_json, write_atomically
+from .files import check_header, checksum, download, read_json, write_together
 
 if TYPE_CHECKING:
     from .model import DeltaMemModel
@@ -114,7 +114,7 @@ def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
     """Copies an adapter's weights into a model.
 
     Raises:
-        AdapterFormatError: tensors are missing, left over or of another shape; nothing is changed.
+        AdapterFormatError: tensors are missing, left over, of another shape or not finite; nothing is changed.
     """
     targets = model.named_weights()
     for name, target in targets.items():
@@ -130,6 +130,8 @@ def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
         raise AdapterFormatError(
             f"{adapter.source}: {left_over[0]}: no such weight in this backbone and config."
         )
+    if (name := not_finite(adapter.weights)) is not None:
+        raise AdapterFormatError(f"{adapter.source}: {name}: holds NaN or infinity.")
     for name, target in targets.items():
         target.copy_(adapter.weights[name])
     model.forget_fingerprint()
@@ -183,9 +185,13 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike) -> None:
     values["weights_sha256"] = checksum(adapter.weights)
     # The weights come first and bring all the rest along: a save that is cut short behind them is done.
     metadata = {"format": FORMAT, "sha256": values["weights_sha256"], "config": json.dumps(values)}
-    write_atomically(folder / WEIGHTS_FILE, save_tensors(adapter.weights, metadata))
-    write_atomically(folder / "README.md", model_card(adapter))
-    write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+    write_together(
+        {
+            folder / WEIGHTS_FILE: save_tensors(adapter.weights, metadata),
+            folder / "README.md": model_card(adapter),
+            folder / CONFIG_FILE: json.dumps(values, indent=2) + "\n",
+        }
+    )
 
 
 def _load_ours(folder: Path, values: dict[str, Any]) -> Adapter:
@@ -431,11 +437,9 @@ def save_official(adapter: Adapter, path: str | os.PathLike) -> None:
     with tempfile.SpooledTemporaryFile() as buffer:
         torch.save(stored, buffer)
         buffer.seek(0)
-        # Nothing in theirs says that the two belong together, so for a moment there is one only.
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-        write_atomically(folder / OFFICIAL_WEIGHTS_FILE, buffer.read())
-    values = config_to_official(adapter.config)
-    write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+        data = buffer.read()
+    config = json.dumps(config_to_official(adapter.config), indent=2) + "\n"
+    write_together({folder / OFFICIAL_WEIGHTS_FILE: data, folder / CONFIG_FILE: config})
 
 
 # ---- the hub ---------------------------------------------------------------------------------------

@@ -23,9 +23,27 @@ os.umask(_UMASK)
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     """Writes `data` to `path` by way of a temporary name, so that a crash leaves the old file whole."""
+    write_together({path: data})
+
+
+def write_together(files: Mapping[str | os.PathLike, bytes | str]) -> None:
+    """Writes `{path: data}`. The files take their places at the end, in their order, when all are written."""
+    temporaries: dict[str | os.PathLike, str] = {}
+    try:
+        for path, data in files.items():
+            temporaries[path] = _write_beside(path, data)
+        for path in files:
+            os.replace(temporaries[path], path)
+            del temporaries[path]
+    finally:
+        for temporary in temporaries.values():
+            os.unlink(temporary)
+
+
+def _write_beside(path: str | os.PathLike, data: bytes | str) -> str:
+    """Writes `data` under a temporary name, which it returns, in the folder of `path`."""
     if isinstance(data, str):
         data = data.encode()
-    path = os.fspath(path)
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder.")
@@ -37,10 +55,10 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
             os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; a file that is there may have been given other rights.
         os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o666 & ~_UMASK)
-        os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    return temporary
 
 
 def download(repo_id: str, files: Iterable[str], **hub_kwargs: Any) -> Path:

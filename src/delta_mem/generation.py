@@ -274,6 +274,9 @@ def generate(
         if assisted:
             options = {**extras, "inputs_tensor": inputs_tensor}
 
+        if assisted and cache.get_seq_length():
+            # transformers feeds it what it holds once more, or with the new ids alone computes other tokens.
+            raise ValueError("assisted decoding does not go on from a KV cache that holds something.")
         expand = input_ids.shape[0] // memory.batch_size
         rows = torch.arange(memory.batch_size).repeat_interleave(expand)
         mask, writes, ids = _prompt(input_ids, cache, model_kwargs, write, segment_ids, rows)

@@ -93,7 +93,8 @@ class DeltaMemModel(nn.Module):
         self._coupling = Coupling(found, adapters, config.heads)
         self.backbone = backbone
         self.train(backbone.training)
-        self._enabled, self._attached = True, True
+        self._disabled: list[None] = []
+        self._attached = True
         self._was_trainable = [p for p in backbone.parameters() if p.requires_grad]
         for parameter in self._was_trainable:
             parameter.requires_grad_(False)
@@ -241,10 +242,12 @@ class DeltaMemModel(nn.Module):
         """A copy of `memory` with every layer where this model's adapter has it: on one device or several.
 
         Raises:
-            IncompatibleMemoryError: a memory of other layers.
+            IncompatibleMemoryError: a memory of other layers, or of another way of writing.
         """
         here = self.new_memory(memory.batch_size)
-        if memory.layers.keys() != here.layers.keys():
+        if memory.layers.keys() != here.layers.keys() or (
+            (memory.open_segment is None) != (here.open_segment is None)
+        ):
             self.check_memory(memory, memory.batch_size)  # says what is wrong
         return memory.combine([memory, here], lambda pair: pair[0].to(pair[1].device, copy=True))
 
@@ -290,8 +293,8 @@ class DeltaMemModel(nn.Module):
 
         Args:
             input_ids: int64 [batch, tokens]; or pass `inputs_embeds`.
-            attention_mask: [batch, tokens], or [batch, past + tokens] with a KV cache. A token with
-                mask 0 neither reads nor writes.
+            attention_mask: [batch, tokens], or [batch, past + tokens] with a KV cache, or as long as a
+                static one. A token with mask 0 neither reads nor writes.
             memory: advanced in place; None: a fresh zero memory for this call.
             write: False reads without writing; bool [batch, tokens] says it token by token.
             segment_ids: int64 [batch, tokens] for segment writes: a segment ends where the id changes;
@@ -309,7 +312,7 @@ class DeltaMemModel(nn.Module):
             ValueError: empty input, ids beyond the vocabulary, or masks of the wrong shape. The memory
                 is then as it was.
         """
-        if not self._enabled:
+        if self._disabled:
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self._check_attached()
         shape = self._check_inputs(input_ids, kwargs.get("inputs_embeds"))
@@ -322,7 +325,7 @@ class DeltaMemModel(nn.Module):
             self._coupling,
             memory,
             shape,
-            _read_mask(attention_mask, shape, device),
+            _read_mask(attention_mask, shape, device, kwargs.get("past_key_values")),
             _read_write(write, shape, device),
             _read_segments(segment_ids, shape, device),
             _read_open(keep_segment_open, shape[0], device),
@@ -423,7 +426,7 @@ class DeltaMemModel(nn.Module):
             ValueError: `use_cache=False`, an empty prompt, or a way of decoding that a memory does not
                 go together with (named).
         """
-        if not self._enabled:
+        if self._disabled:
             return self.backbone.generate(inputs, **kwargs)
         self._check_attached()
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -455,11 +458,11 @@ class DeltaMemModel(nn.Module):
 
         Holds for all threads that use this model, as with PEFT.
         """
-        before, self._enabled = self._enabled, False
+        self._disabled.append(None)  # as often as there are threads within it
         try:
             yield
         finally:
-            self._enabled = before
+            self._disabled.pop()
 
     def detach(self) -> nn.Module:
         """Takes all hooks off and gives the backbone back as it was. The adapter is then of no use."""
@@ -600,7 +603,9 @@ def _check_checkpointing(backbone: nn.Module) -> None:
             )
 
 
-def _read_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+def _read_mask(
+    mask: Tensor | None, shape: tuple[int, int], device: torch.device, cache: Any
+) -> Tensor | None:
     """The attention mask of this call's own tokens, bool [batch, tokens]."""
     if mask is None:
         return None
@@ -614,6 +619,10 @@ def _read_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device
         raise ValueError(
             f"attention_mask must be [batch, (past +) tokens] = [{shape[0]}, >= {shape[1]}], got {got}."
         )
+    if mask.shape[1] > shape[1] and mask.shape[1] == getattr(cache, "max_cache_len", None):
+        # As long as a static cache, with columns for what is still to come.
+        own = torch.arange(shape[1], device=mask.device) + cache.get_seq_length()
+        return mask.index_select(1, own).to(device).bool()
     return mask[:, -shape[1] :].to(device).bool()
 
 

@@ -133,8 +133,9 @@ class MemoryState:
             raise IndexError(f"memory has {self.batch_size} row(s), none of them in {rows}.")
         return self._map(lambda tensor: tensor[rows].clone())
 
-    def select(self, rows: Tensor) -> MemoryState:
+    def select(self, rows: Tensor | Sequence[int]) -> MemoryState:
         """The rows with these indices (int64 [n]), in their order, with repeats. Always a copy."""
+        rows = torch.as_tensor(rows)
         return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     @staticmethod
@@ -204,6 +205,10 @@ class MemoryState:
         self.assign(self._map(torch.Tensor.detach))
         return self
 
+    def __getstate__(self) -> dict[str, object]:
+        # A call leaves the layers' states in one storage, which each would bring along as a whole.
+        return self._map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x).__dict__
+
     def assign(self, other: MemoryState) -> None:
         """Takes over the value of `other`, in place (its tensors, not copies of them)."""
         self.__dict__.update(other.__dict__)
@@ -265,12 +270,15 @@ class MemoryState:
         return save_tensors(tensors, metadata)
 
     @staticmethod
-    def from_bytes(data: bytes, device: torch.device | str = "cpu", name: str = "memory") -> MemoryState:
+    def from_bytes(
+        data: bytes | bytearray | memoryview, device: torch.device | str = "cpu", name: str = "memory"
+    ) -> MemoryState:
         """The memory that `to_bytes` made. `name` is what errors call it.
 
         Raises:
             AdapterFormatError: broken, tampered with, or not a memory; `name` and field are named.
         """
+        data = bytes(data)
         try:
             tensors, metadata = load_tensors(data), read_metadata(data)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:

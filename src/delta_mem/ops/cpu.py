@@ -129,7 +129,7 @@ def advance_segments(
     reads, final = _results(z, rule)
     new_sum = torch.empty_like(open_sum)
     own = new_sum.data_ptr(), open_sum.data_ptr(), *planned
-    _run("advance_segments", z, gate_bias, state, mask, reads, final, rule, own)
+    _run("advance_segments", z, gate_bias, state, mask, reads, final, rule, own, (new_sum, open_sum, plan))
     return reads, final, new_sum
 
 
@@ -234,7 +234,8 @@ def _advance(
     z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     reads, final = _results(z, rule)
-    _run("advance", z, gate_bias, state, mask, reads, final, rule, _NONE if writes is None else _view(writes))
+    own = _NONE if writes is None else _view(writes)
+    _run("advance", z, gate_bias, state, mask, reads, final, rule, own, (writes,))
     return reads, final
 
 
@@ -289,8 +290,10 @@ def _run(
     final: Tensor,
     rule: Rule,
     own: tuple[int, ...],
+    of: tuple,
 ) -> None:
-    """The kernel `advance` or `advance_segments`; `own` is the argument that the other one has not."""
+    """The kernel `advance` or `advance_segments`; `own` is the argument that the other one has not, addresses
+    of the tensors `of`."""
     kernel = _kernels().kernel(name, rule.rank)
     if z.stride(2) != 1:
         z = z.contiguous()
@@ -311,7 +314,14 @@ def _run(
     if lanes * work < 2 * WORTH_A_THREAD:  # as in decoding, where a microsecond counts
         kernel(*tensors, (states, tokens, 0, lanes))
     else:
-        _share_out(lambda first, last: kernel(*tensors, (states, tokens, first, last)), lanes, work)
+        # Ctrl-C leaves helpers at work: they must not be left without the tensors.
+        alive = z, gate_bias, state, mask, reads, final, of
+
+        def call(first: int, last: int) -> object:
+            kernel(*tensors, (states, tokens, first, last))
+            return alive
+
+        _share_out(call, lanes, work)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -410,7 +420,8 @@ def _share_out(call: Callable[[int, int], object], lanes: int, work: int) -> Non
     """call(first, last) for all lanes, in several threads if that pays. `work` is that of one lane.
 
     The calling thread takes what no other has taken yet, so it never waits for a thread that has not
-    begun. A lane is computed by one thread from end to end: results do not depend on their number.
+    begun. Ctrl-C leaves the others at what they have taken: `call` holds the tensors that it needs. A lane
+    is computed by one thread from end to end: results do not depend on their number.
     """
     threads = min(lanes, lanes * work // WORTH_A_THREAD)
     if threads > 1:
@@ -430,10 +441,13 @@ def _share_out(call: Callable[[int, int], object], lanes: int, work: int) -> Non
             call(first, last)
 
     helpers = []
-    with contextlib.suppress(RuntimeError):  # there are no new threads when the interpreter is ending
-        for _ in range(threads - 1):
-            helpers.append(_pool().submit(work_off))
-    work_off()
+    try:
+        with contextlib.suppress(RuntimeError):  # there are no new threads when the interpreter is ending
+            for _ in range(threads - 1):
+                helpers.append(_pool().submit(work_off))
+        work_off()
+    finally:
+        pieces.clear()
     for helper in helpers:
         if not helper.cancel():
             helper.result()

@@ -289,7 +289,8 @@ def _answer_logits(
         **model.last_logit_only(answers + 1),
         **options,
     )
-    return output.logits[:, -answers - 1 : -1].to(labels.device).float(), labels[:, -answers:]
+    first = labels.shape[1] - answers
+    return output.logits[:, -answers - 1 : -1].to(labels.device).float(), labels[:, first:]
 
 
 @contextlib.contextmanager
