@@ -114,7 +114,7 @@ def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
     """Copies an adapter's weights into a model.
 
     Raises:
-        AdapterFormatError: tensors are missing, left over, of another shape or not finite; nothing is changed.
+        AdapterFormatError: tensors are missing, left over, misshapen or not finite; nothing is changed.
     """
     targets = model.named_weights()
     for name, target in targets.items():
