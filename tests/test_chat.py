@@ -297,6 +297,11 @@ def test_a_broken_session_is_named(token_model, tmp_path):
 
     with pytest.raises(FileNotFoundError):
         dm.ChatSession.load(tmp_path / "nowhere", token_model, TOKENIZER)
+    memory = tmp_path / values["memory"]
+    memory.rename(tmp_path / "elsewhere")
+    with pytest.raises(dm.AdapterFormatError, match=f"{memory.name}: missing"):
+        load()
+    (tmp_path / "elsewhere").rename(memory)
     (tmp_path / "session.json").write_text("{")
     with pytest.raises(dm.AdapterFormatError, match=r"session.json: not JSON"):
         load()

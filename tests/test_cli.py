@@ -138,7 +138,7 @@ def test_without_its_extra_it_says_how_to_install_it(missing):
     result = command(f"sys.modules[{missing!r}] = None", "demo")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.endswith('pip install "delta-mem[cli]"')
+    assert line.endswith('pip install -e ".[cli]"')
 
 
 def test_version():
@@ -190,6 +190,17 @@ def test_fork_and_back_save_and_load(chat, tmp_path):
     assert counts[0] == counts[2]
     assert "Forgotten." in lines and "The context keeps all messages." in lines
     assert any(line.startswith("/regenerate") for line in lines)
+
+
+def test_another_chat_is_not_replaced_unasked(chat, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    chat("One.", f"/save {one}", "Two.", f"/save {one}")  # its own, which it may
+    for lines in (["Three.", f"/save {one}"], ["Three.", f"/save {two}", f"/save {one}"]):
+        result = chat(*lines, run=run)
+        assert f"{one} holds another chat" in result.stderr and result.exit_code == 1
+    assert len(json.loads((one / "session.json").read_text())["messages"]) == 4
+    chat(f"/load {one}", "Three.", f"/save {one}")
+    assert len(json.loads((one / "session.json").read_text())["messages"]) == 6
 
 
 def test_leaving_from_a_fork_saves_the_original(chat, tmp_path):
@@ -274,6 +285,9 @@ def test_without_an_adapter_it_warns_and_can_still_be_gone_on_with(files, tmp_pa
         ({"--adapter": "./nowhere"}, "'./nowhere' is neither"),
         ({"--adapter": GOLDEN / "tsw_qo"}, "delta_mem_adapter.pt"),
         ({"--session": GOLDEN}, "holds no saved chat"),
+        ({"--session": GOLDEN / "README.md"}, "is a file; name a folder"),
+        ({"--model": GOLDEN}, "holds no config.json: it is not a model"),
+        ({"--model": GOLDEN / "tsw_qo"}, "is an adapter, not a model; name it with --adapter"),
         ({"--device": "toaster"}, "--device toaster"),
         ({"--window": "few"}, "'few'"),
     ],
@@ -547,6 +561,11 @@ def test_bench_refuses_an_output_before_it_measures(tmp_path, monkeypatch):
     assert "no file can be written there" in refused("bench", "operator", "--output", tmp_path)
     (tmp_path / "file").touch()
     assert "File exists" in refused("bench", "operator", "--output", tmp_path / "file" / "rows.json")
+
+
+@pytest.mark.parametrize("device", ("cuda:3", "cdua", "meta"))
+def test_bench_refuses_a_device(device):
+    assert f"--device {device}" in refused("bench", "operator", "--device", device)
 
 
 def test_bench_writes_its_rows(tmp_path, monkeypatch):

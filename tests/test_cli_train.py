@@ -328,6 +328,7 @@ def test_a_run_goes_on_with_its_own_adapter_and_backbone_only(train, tmp_path):
     done(train("--steps", 1))
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
     line = refusal(train("--steps", 2, "--resume", "--rank", 4, "--write", "message"))
+    assert "begun with --lr 0.0002" in refusal(train("--steps", 2, "--resume", "--lr", 1))
     assert "checkpoint-1 has rank 8, not 4, write 'token', not 'message'" in line
     larger = tmp_path / "larger"
     backbone("qwen3", vocab_size=400, num_hidden_layers=3).save_pretrained(larger)
@@ -401,7 +402,7 @@ def test_many_bad_lines_are_counted(train, files):
 @pytest.mark.parametrize("package", ["datasets", "accelerate"])
 def test_without_its_extra_it_says_what_to_install(train, monkeypatch, package):
     monkeypatch.setattr("delta_mem.cli.train.find_spec", lambda name: None if name == package else name)
-    assert refusal(train()).endswith(f'training needs {package}: pip install "delta-mem[train]"')
+    assert refusal(train()).endswith(f'training needs {package}: pip install -e ".[train]"')
 
 
 # ---- recipes ---------------------------------------------------------------------------------------

@@ -344,6 +344,13 @@ def test_a_command_that_fails_leaves_no_settings(line, files, tmp_path):
     assert "lora" not in json.loads((tmp_path / "run" / "settings.json").read_text())
 
 
+def test_a_folder_of_other_things_is_refused(line, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    assert "is not empty and holds no run" in refusal(line("--limit", 2, "--systems", "none"))
+    assert (tmp_path / "run" / "results.json").read_text() == "{}"
+
+
 def test_settings_without_a_prediction_do_not_count(line, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ import delta_mem as dm
 from families import backbone
 from helpers import tiny_tokenizer
 
-pytest.importorskip("lm_eval", reason='needs lm_eval: pip install "delta-mem[harness]"')
+pytest.importorskip("lm_eval", reason='needs lm_eval: pip install -e ".[harness]"')
 
 ROWS = [
     {

@@ -96,6 +96,11 @@ def test_weights_changed_unseen_are_seen_in_the_next_mode():
         )
 
 
+def test_a_memory_on_a_memory_is_refused():
+    with pytest.raises(ValueError, match="a memory already"):
+        dm.DeltaMemModel(dm.DeltaMemModel(backbone("qwen3")))
+
+
 def test_the_memory_is_off_for_as_long_as_any_thread_wants_it_off():
     model = dm.DeltaMemModel(backbone("qwen3"))
 

@@ -588,7 +588,7 @@ def test_without_numba(without_numba):
     given = projections(rule)
     torch.testing.assert_close(advance(*given, rule), in_parts(*given, rule), atol=1e-5, rtol=1e-5)
     for call in (lambda: delta_rule(**inputs, backend="cpu"), lambda: advance(*given, rule, backend="cpu")):
-        with pytest.raises(ImportError, match=r'needs numba: pip install "delta-mem\[cpu\]"') as raised:
+        with pytest.raises(ImportError, match=r'needs numba: pip install -e "\.\[cpu\]"') as raised:
             call()
         assert "\n" not in str(raised.value)
 

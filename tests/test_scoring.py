@@ -221,6 +221,6 @@ def test_refused_in_one_line(call, error, message):
 def test_a_missing_library_names_the_extra(monkeypatch):
     scoring._stemmer.cache_clear()
     monkeypatch.setitem(sys.modules, "nltk.stem", None)
-    with pytest.raises(ImportError, match=r'this score needs nltk.*: pip install "delta-mem\[eval\]"'):
+    with pytest.raises(ImportError, match=r'this score needs nltk.*: pip install -e "\.\[eval\]"'):
         scoring.locomo(4, "a dog", "a dog")
     assert scoring.locomo(5, None, "not mentioned") == 1

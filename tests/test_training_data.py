@@ -429,7 +429,7 @@ def test_a_pipe_is_refused_before_anything_of_it_is_read(tokenizer, tmp_path):
 
 def test_without_datasets_it_says_what_to_install(monkeypatch, tokenizer, write_file):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "delta-mem\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[train\]"'):
         load_episodes([write_file(ASKED)], tokenizer)
 
 

@@ -402,6 +402,8 @@ def read_session(path: str | os.PathLike) -> dict[str, Any]:
     elif not _is_window(values["window"]):
         wrong = "window"
     elif not _is_file_in(folder, values["memory"]):
+        if isinstance(values["memory"], str) and _SAVED.fullmatch(values["memory"]):
+            raise AdapterFormatError(f"{folder / values['memory']}: missing.")
         wrong = "memory"
     elif not _is_place(folder, values["before"], len(values["messages"])):
         wrong = "before"

@@ -47,6 +47,8 @@ def _write_beside(path: str | os.PathLike, data: bytes | str) -> str:
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder.")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{os.fspath(path)}: is a folder; name a file.")
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".delta-mem-")
     try:
         with os.fdopen(handle, "wb") as file:

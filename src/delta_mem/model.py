@@ -65,6 +65,8 @@ class DeltaMemModel(nn.Module):
     def __init__(self, backbone: nn.Module, config: DeltaMemConfig | None = None, *, initialise: bool = True):
         super().__init__()
         config = config or DeltaMemConfig()
+        if isinstance(backbone, DeltaMemModel):
+            raise ValueError("this is a model with a memory already; pass its backbone, detached.")
         found = find_attention_layers(backbone)
         model = causal_lm(backbone)
         # Not the causal LM: hooks of the module that generate compiles would be graphs of their own.

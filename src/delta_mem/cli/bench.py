@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .common import err, out, size, user_errors
+from .common import err, find_device, option, out, size, user_errors
 
 
 class Part(str, Enum):
@@ -22,10 +22,18 @@ class Part(str, Enum):
 
 def bench(
     part: Annotated[Part, typer.Argument(help="What to measure.")] = Part.all,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 7,
+    device: Annotated[str, option(metavar="NAME", help="cpu, cuda, or auto.", show_default=True)] = "auto",
+    rounds: Annotated[
+        int,
+        option(
+            metavar="N",
+            min=1,
+            help="Rounds, each of which runs every variant once; long parts have half as many, but three.",
+            show_default=True,
+        ),
+    ] = 7,
     output: Annotated[
-        Path | None, typer.Option(help="Write the rows and the machine to this JSON file.")
+        Path | None, option(metavar="FILE", help="Write the rows and the machine to this JSON file.")
     ] = None,
 ) -> None:
     """Measure what the memory costs on this machine, against the frozen model and LoRA.
@@ -47,6 +55,9 @@ def bench(
                 raise ValueError(f"--output {output}: no file can be written there.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    with user_errors():
+        if find_device(device).type not in ("cpu", "cuda") or ":" in device:
+            raise ValueError(f"--device {device}: cpu, cuda, or auto.")
     about = benchmark.machine(device)
     out.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim")
     parts = {Part.operator: benchmark.operator, Part.model: benchmark.model}
@@ -58,7 +69,10 @@ def bench(
         with err.status(f"measuring the {name.value} …") as status:
             for row in measure(device, rounds):
                 found.append({"part": name.value, **row})
-                status.update(f"measured {row['name']}, {row['variant']}")
+                told = f"measured {row['name']}, {row['variant']}"
+                status.update(told)
+                if not err.is_terminal:
+                    err.print(told, markup=False, soft_wrap=True)
         out.print(_table(name.value, found))
         rows += found
     if output is not None:
@@ -79,7 +93,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
             row["variant"],
             _milliseconds(row["seconds"]),
             spread,
-            f"{row['ratio']:.3f}",
+            f"{row['ratio']:.3f}" if row["ratio"] >= 0.1 else f"1/{1 / row['ratio']:,.0f}",
             "" if row["bytes"] is None else size(row["bytes"]),
         )
         before = row["name"]

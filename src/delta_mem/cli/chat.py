@@ -56,8 +56,8 @@ def chat(
             "--adapter",
             "-a",
             metavar="NAME",
-            help="Its adapter: a folder, or a hub id; tsw, ssw or msw of the offline model. Without one, an "
-            "untrained adapter stands in.",
+            help="Its adapter: a folder, or a hub id; tsw, ssw or msw of the offline model. "
+            "The offline model's is tsw if none is named; of others it is then untrained.",
             show_default=False,
         ),
     ] = None,
@@ -141,7 +141,7 @@ def chat(
             first = ChatSession(loaded, tokenizer, window=chosen, system=system, **options)
 
     conversation = Conversation(
-        first, lambda path: ChatSession.load(path, loaded, tokenizer, **options), sys.stdin.isatty()
+        first, lambda path: ChatSession.load(path, loaded, tokenizer, **options), sys.stdin.isatty(), session
     )
     if resume:
         err.print(f"Going on with {session}: {_told(first)}.", markup=False, soft_wrap=True)
@@ -192,6 +192,8 @@ def _holds_chat(folder: Path) -> bool:
 
     if (folder / SESSION_FILE).exists():
         return True
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name a folder.")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no saved chat; name another folder.")
     return False
@@ -237,8 +239,15 @@ class Conversation:
         failed: a line could not be done.
     """
 
-    def __init__(self, session: ChatSession, load: Callable[[str], ChatSession], interactive: bool):
+    def __init__(
+        self,
+        session: ChatSession,
+        load: Callable[[str], ChatSession],
+        interactive: bool,
+        folder: Path | None = None,
+    ):
         self.sessions = [session]
+        self.own = set() if folder is None else {folder.resolve()}  # folders that may be saved to unasked
         self.load = load
         self.interactive = interactive
         self.failed = False
@@ -340,11 +349,20 @@ class Conversation:
         out.print("Forgotten.")
 
     def _save(self, folder: str) -> None:
+        place = Path(folder).resolve()
+        if _holds_chat(place) and place not in self.own:
+            if not self.interactive:
+                raise ValueError(f"{folder} holds another chat; name another folder.")
+            if not _agrees(f"{folder} holds another chat. Replace it? [y/N] "):
+                out.print("Nothing is saved.")
+                return
         self.session.save(folder)
+        self.own.add(place)
         out.print(f"Saved to {folder}: {_told(self.session)}.", markup=False, soft_wrap=True)
 
     def _load(self, folder: str) -> None:
         self.sessions[-1] = self.load(folder)
+        self.own.add(Path(folder).resolve())
         out.print(f"Loaded {folder}: {_told(self.session)}.", markup=False, soft_wrap=True)
 
     def _fork(self) -> None:

@@ -186,6 +186,7 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from ..checkpoint import CONFIG_FILE
     from ..files import download
 
     logging.set_verbosity_error()
@@ -195,7 +196,11 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder):
             raise FileNotFoundError(f"{folder}: no such folder.")
         download(folder, ["config.json"])
-    target = _device(device)
+    elif not (Path(folder) / "config.json").exists():
+        if (Path(folder) / CONFIG_FILE).exists():
+            raise ValueError(f"{folder} is an adapter, not a model; name it with --adapter.")
+        raise ValueError(f"{folder} holds no config.json: it is not a model.")
+    target = find_device(device)
     if Path(folder).is_dir():
         logging.disable_progress_bar()  # a local file loads in the time that the status line shows
     try:
@@ -207,7 +212,12 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
         raise ValueError(f"{name} cannot be loaded: {error}") from None
 
 
-def _device(name: str) -> Any:
+def find_device(name: str) -> Any:
+    """The torch device of that name; of "auto", an accelerator if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     import torch
 
     if name == "auto":

@@ -171,7 +171,7 @@ def _check_plot(file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError('--plot needs matplotlib: pip install "delta-mem[plot]"') from None
+        raise ValueError('--plot needs matplotlib: pip install -e ".[plot]"') from None
     kinds = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in kinds:
         raise ValueError(f"--plot {file}: the name must end in one of {', '.join(sorted(kinds))}.")

@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import Example, Task
 
 SETTINGS_FILE = "settings.json"
+WIDE = 90  # columns that the table wants
 SHOWN_PROBLEMS = 20  # of rows that cannot be used; the rest are counted
 
 
@@ -191,6 +193,7 @@ def evaluate(
             data_of = {task.name: files.get(task.name) for task in chosen.values()}
             settings = _settings(backbone_name, options, data_of, dtype, seed)
             _check_settings(output, settings)
+        err.print(f"Loading {model} …", style="dim", markup=False, soft_wrap=True)
         backbone, tokenizer = _load(backbone_name, process.device(device), dtype)
         longest = max(q.max_new_tokens for _, examples in asked for e in examples for q in e.questions)
         for one in named:  # what is missing for the last of them is missing now
@@ -311,7 +314,6 @@ def _warn_of_long_questions(asked: Iterable[tuple[Task, Sequence[Example]]], sys
 
 
 def _load(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
-    err.print(f"Loading {name} …", style="dim", markup=False, soft_wrap=True)
     backbone, tokenizer = load_backbone(name, device, dtype)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{name}: its tokenizer has no chat template, which histories and questions need.")
@@ -381,6 +383,8 @@ def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
         ValueError: it was not.
     """
     before = _settings_of(output)
+    if not (output / SETTINGS_FILE).exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and holds no run; name another folder.")
     for name, value in settings.items():
         if name in before and before[name] != value:
             raise ValueError(
@@ -540,8 +544,9 @@ def _table(report: Any, rows: Sequence[Mapping[str, Any]]) -> Table:
     title = f"{rows[0]['task']} ({rows[0]['metric']} of {plural(rows[0]['questions'], 'question')})"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), title_style="bold")
     for column in report.COLUMNS:
-        # Words of a heading, one below the other: the cells are what needs the width.
-        heading = column.replace(" ", "\n")
+        # In two lines, or if there is no room a line for each word: the cells are what needs the width.
+        widest = len(column) // 2 + 1 if out.width >= WIDE else 1
+        heading = textwrap.fill(column, widest, break_long_words=False)
         table.add_column(heading, justify="left" if column == "system" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in report.cells(row)))

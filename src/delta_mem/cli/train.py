@@ -111,7 +111,7 @@ def _field_help(name: str) -> str:
 def train(
     context: typer.Context,
     model: Annotated[
-        str, option("--model", "-m", metavar="NAME", help="The backbone: a folder, or a hub id.")
+        str, option("--model", "-m", metavar="NAME", help="The backbone: a folder, a hub id, or 'offline'.")
     ],
     data: Annotated[
         list[Path], option("--data", "-d", metavar="FILE", help="Episodes, .jsonl or .jsonl.gz; repeatable.")
@@ -296,8 +296,7 @@ def train(
         checkpoint = _check_output(output, resume, loud)
         if checkpoint is not None:
             _check_same_adapter(checkpoint, adapter)
-            if loud:
-                _warn_of_other_data(output, settings)
+            _compare_with_recipe(output, settings, loud)
         loaded, tokenizer = _load(settings, adapter, arguments)
         if checkpoint is not None:
             load_weights(loaded, load_adapter(checkpoint))  # shows that it fits before there is a recipe
@@ -308,10 +307,10 @@ def train(
         held_out = _episodes(eval_data, tokenizer, options, _Skipped(loud)) if eval_data else None
         if streaming:
             episodes = episodes.endless(seed)
-        from .train_callbacks import ProgressBar, StopOnSignal
+        from .train_callbacks import LogTheLast, ProgressBar, StopOnSignal
 
         bar, stop = ProgressBar(), StopOnSignal(loud)
-        callbacks = [stop, bar] if loud else [stop]
+        callbacks = [stop, LogTheLast(), *([bar] if loud else [])]
         trainer = _trainer(loaded, arguments, episodes, held_out, tokenizer, callbacks)
         if loud:
             write_recipe(output / RECIPE_FILE, settings)
@@ -346,7 +345,7 @@ def train(
 def _check_installed() -> None:
     for package in ("accelerate", "datasets"):
         if find_spec(package) is None:
-            raise ValueError(f'training needs {package}: pip install "delta-mem[train]"')
+            raise ValueError(f'training needs {package}: pip install -e ".[train]"')
 
 
 def _check_output(output: Path, resume: bool, loud: bool) -> str | None:
@@ -382,16 +381,26 @@ def _adapter_config(context: typer.Context, settings: Mapping[str, Any]) -> Delt
     return load_adapter(settings["init_from"]).config
 
 
-def _warn_of_other_data(output: Path, settings: Mapping[str, Any]) -> None:
-    """A run may go on with other data, but hardly without knowing."""
+def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) -> None:
+    """A run may go on with other data, but hardly without knowing; its learning rate is in the checkpoint.
+
+    Raises:
+        ValueError: another learning rate, which would be without effect.
+    """
     import yaml
 
+    recipe = None
     with contextlib.suppress(OSError, yaml.YAMLError):  # a run need not have a recipe
         recipe = yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8"))
-        before = recipe.get("data") if isinstance(recipe, dict) else None
-        now = _plain(settings["data"])
-        if isinstance(before, list) and before != now:
-            _warn(f"{output} was trained on {', '.join(before)} so far, and goes on with {', '.join(now)}")
+    if not isinstance(recipe, dict):
+        return
+    if recipe.get("lr", settings["lr"]) != settings["lr"]:
+        raise ValueError(
+            f"{output} was begun with --lr {recipe['lr']}; --resume goes on with that, not {settings['lr']}."
+        )
+    before, now = recipe.get("data"), _plain(settings["data"])
+    if loud and isinstance(before, list) and before != now:
+        _warn(f"{output} was trained on {', '.join(before)} so far, and goes on with {', '.join(now)}")
 
 
 def _check_same_adapter(checkpoint: str, config: DeltaMemConfig) -> None:

@@ -74,6 +74,14 @@ def _told(logs: Mapping[str, Any], prefix: str) -> str:
     return f"loss {float(logs[f'{prefix}loss']):.4f}, {float(right):.1%} of answer tokens right"
 
 
+class LogTheLast(TrainerCallback):
+    """Has the last step logged, too. For all processes: what is logged, they add up together."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+
 class StopOnSignal(TrainerCallback):
     """Within it, SIGINT and SIGTERM end the training after the step it is at, with a checkpoint.
 

@@ -22,9 +22,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
-    raise ImportError(
-        f'the evaluation harness needs {error.name}: pip install "delta-mem[harness]"'
-    ) from None
+    raise ImportError(f'the evaluation harness needs {error.name}: pip install -e ".[harness]"') from None
 
 
 @register_model("delta_mem")

@@ -146,7 +146,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ImportError('the plot needs matplotlib: pip install "delta-mem[plot]"') from None
+        raise ImportError('the plot needs matplotlib: pip install -e ".[plot]"') from None
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(5.5 * len(COSTS), 3.8 * len(tasks)), layout="constrained")

@@ -28,7 +28,7 @@ import torch
 try:
     import psutil
 except ImportError:
-    raise ImportError('an evaluation needs psutil: pip install "delta-mem[eval]"') from None
+    raise ImportError('an evaluation needs psutil: pip install -e ".[eval]"') from None
 
 from .systems import System
 from .tasks import Example, Question, Task

@@ -6,7 +6,7 @@ are made to be compared with published numbers. `confidence_interval` says how f
 trusted.
 
 Where a question has several acceptable answers, the best score counts. The two benchmarks and their libraries
-(nltk, rouge-score, rapidfuzz) are an extra: `pip install "delta-mem[eval]"`; the rest needs only numpy.
+(nltk, rouge-score, rapidfuzz) are an extra: `pip install -e ".[eval]"`; the rest needs only numpy.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _extra(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f'this score needs {error.name}: pip install "delta-mem[eval]"') from error
+        raise ImportError(f'this score needs {error.name}: pip install -e ".[eval]"') from error
 
 
 # ---- MemoryAgentBench ----------------------------------------------------------------------------

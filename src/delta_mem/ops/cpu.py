@@ -17,7 +17,7 @@ The threads are Python's, in kernels that release the GIL. numba's own parallel 
 threads that it always has abort the process when two Python threads enter at once, and those of OpenMP
 abort a forked child.
 
-numba is an extra (`pip install "delta-mem[cpu]"`), imported when it is first needed.
+numba is an extra (`pip install -e ".[cpu]"`), imported when it is first needed.
 """
 
 import contextlib
@@ -479,9 +479,7 @@ def _load() -> ModuleType | Exception:
 def _kernels() -> ModuleType:
     kernels = _load()
     if isinstance(kernels, Exception):
-        raise ImportError(
-            f"backend 'cpu' needs numba: pip install \"delta-mem[cpu]\" ({kernels})"
-        ) from kernels
+        raise ImportError(f"backend 'cpu' needs numba: pip install -e \".[cpu]\" ({kernels})") from kernels
     return kernels
 
 

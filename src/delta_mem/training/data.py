@@ -492,7 +492,7 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise ImportError('training data needs datasets: pip install "delta-mem[train]"') from None
+        raise ImportError('training data needs datasets: pip install -e ".[train]"') from None
     return datasets
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...files import download
 from .base import System
 from .context import (
     ENCODER,
@@ -142,6 +144,8 @@ def _peft(path: str, kind: str, backbone: Any) -> Iterator[Any]:
         from peft import PeftConfig, PeftModel
     except ModuleNotFoundError:
         raise ImportError(f"{kind} needs peft: pip install peft") from None
+    if not os.path.isdir(path):  # peft itself asks the hub for long
+        download(path, ["adapter_config.json"])
     config = PeftConfig.from_pretrained(path)
     if config.is_prompt_learning != (kind == "prefix"):
         raise ValueError(f"--{kind} {path}: is an adapter of PEFT's kind {config.peft_type.value}.")

@@ -177,7 +177,7 @@ class BM25Context(_Retrieval):
         try:
             import bm25s
         except ModuleNotFoundError:
-            raise ImportError('bm25 needs bm25s: pip install "delta-mem[eval]"') from None
+            raise ImportError('bm25 needs bm25s: pip install -e ".[eval]"') from None
         # It sets its logger to tell of every index, and any handler on the root logger would.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._bm25s = bm25s
@@ -245,5 +245,5 @@ def load_encoder(name: str, device: Any) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError:
-        raise ImportError('dense needs sentence-transformers: pip install "delta-mem[dense]"') from None
+        raise ImportError('dense needs sentence-transformers: pip install -e ".[dense]"') from None
     return SentenceTransformer(name, device=str(device))

@@ -281,7 +281,7 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise ImportError('this task needs datasets: pip install "delta-mem[eval]"') from None
+        raise ImportError('this task needs datasets: pip install -e ".[eval]"') from None
     return datasets
 
 
