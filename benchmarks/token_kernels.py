@@ -45,7 +45,7 @@ def rows(name: str, config: DeltaMemConfig, batch: int):
     if config.write != "token":
         none = torch.zeros(batch, dtype=torch.int64, device="cuda")
         segments = ops.plan_segments((batch, 1), None, None, None, none, none - 1, True)
-        open_sum = torch.zeros(batch, sum(rule.sections.values()) - config.width, device="cuda")
+        open_sum = torch.zeros(batch, rule.written, device="cuda")
     plan = WritePlan(None, segments=segments)
     outputs = {head: hidden.new_zeros(batch, 1, size) for head, size in HEADS.items()}
     projections = hidden.new_empty(LAYERS, HEADS["q"], HIDDEN).normal_(std=0.02)

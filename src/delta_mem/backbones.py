@@ -373,15 +373,14 @@ class MemoryCall:
     def step_ahead(self, index: int, hidden: Tensor) -> None:
         """Begins a recorded `step` before the backbone's own projections, so that it runs beside them."""
         step, plan = self.coupling.first.step(self.adapters[index]), self._plan_on(hidden.device)
-        if step is not None:
-            open_sum = None if plan.segments is None else self.open_sums[index]
-            given = self.states[index], plan.writes, plan.mask, plan.segments, open_sum
-            self.ahead[index] = ops.recorded_token(hidden, step, *given)
+        open_sum = None if plan.segments is None else self.open_sums[index]
+        given = self.states[index], plan.writes, plan.mask, plan.segments, open_sum
+        self.ahead[index] = None if step is None else ops.recorded_token(hidden, step, *given)
 
     def _step_recorded(self, index: int, hidden: Tensor, output: Tensor) -> list[Tensor] | None:
         if index not in self.ahead:
             self.step_ahead(index, hidden)
-        recorded = self.ahead.pop(index, None)
+        recorded = self.ahead.pop(index)
         if recorded is None:
             return None
         results, others = recorded

@@ -35,7 +35,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import TextStreamer
 
 from .errors import AdapterFormatError
-from .files import check_header, read_json, write_atomically
+from .files import check_header, read_json, write_together
 from .model import DeltaMemModel
 from .segments import Encoded, encode_messages
 from .state import MemoryState
@@ -186,12 +186,10 @@ class ChatSession:
             memories = {"memory": self.memory}
             if self._before is not None:
                 memories["before"] = self._before[0]
-            files = {}
-            for name, memory in memories.items():
-                data = memory.to_bytes()
-                # Named by its place in the conversation, so that an older save is never overwritten.
-                files[name] = f"{name}-{len(self.messages)}-{os.urandom(4).hex()}.safetensors"
-                write_atomically(folder / files[name], data)
+            # Named by its place in the conversation, so that an older save is never overwritten.
+            files = {
+                name: f"{name}-{len(self.messages)}-{os.urandom(4).hex()}.safetensors" for name in memories
+            }
             values = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -202,7 +200,9 @@ class ChatSession:
                 if self._before is None
                 else {"memory": files["before"], "messages": self._before[1]},
             }
-            write_atomically(folder / SESSION_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            data = {folder / files[name]: memory.to_bytes() for name, memory in memories.items()}
+            data[folder / SESSION_FILE] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            write_together(data)
             for old in folder.glob("*-*-*.safetensors"):
                 if _SAVED.fullmatch(old.name) and old.name not in files.values():
                     old.unlink(missing_ok=True)

@@ -231,14 +231,9 @@ class DeltaMemModel(nn.Module):
         layers, open_segment = zeros(config.num_states, config.rank, config.rank), None
         zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
         if config.write != "token":
-            open_segment = OpenSegment(zeros(self._written_features), zero.clone(), zero - 1)
+            open_segment = OpenSegment(zeros(self._coupling.first.rule.written), zero.clone(), zero - 1)
         name = getattr(self.config, "_name_or_path", "") or self.config.model_type
         return MemoryState(layers, zero, open_segment, backbone=name)
-
-    @property
-    def _written_features(self) -> int:
-        """Numbers of a token's projections that are written: all but the queries."""
-        return sum(self._coupling.first.rule.sections.values()) - self.delta_config.width
 
     def place(self, memory: MemoryState) -> MemoryState:
         """A copy of `memory` with every layer where this model's adapter has it: on one device or several.
@@ -564,11 +559,10 @@ class DeltaMemModel(nn.Module):
                 )
         if (memory.open_segment is None) != (config.write == "token"):
             return f"the memory is not one of write={config.write!r}."
-        if memory.open_segment is not None and memory.open_segment.features != self._written_features:
-            return (
-                f"the memory's open segments are {memory.open_segment.features} wide, the adapter's "
-                f"{self._written_features}."
-            )
+        if memory.open_segment is not None:
+            theirs, ours = memory.open_segment.features, self._coupling.first.rule.written
+            if theirs != ours:
+                return f"the memory's open segments are {theirs} wide, the adapter's {ours}."
         return None
 
 

@@ -23,6 +23,7 @@ from .common import (
     err,
     facts_table,
     find_model,
+    holds,
     layer_grid,
     load_backbone,
     out,
@@ -190,13 +191,7 @@ def _holds_chat(folder: Path) -> bool:
     """Whether `folder` holds a saved chat. If not, it must be free to hold one."""
     from ..chat import SESSION_FILE
 
-    if (folder / SESSION_FILE).exists():
-        return True
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no saved chat; name another folder.")
-    return False
+    return holds(folder, SESSION_FILE, "saved chat")
 
 
 def parse_window(text: str) -> int | None:

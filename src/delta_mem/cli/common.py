@@ -80,6 +80,21 @@ def new_folder(path: Path) -> Iterator[None]:
         raise
 
 
+def holds(folder: Path, file: str, what: str) -> bool:
+    """Whether a folder has the file that marks it as `what`.
+
+    Raises:
+        ValueError: if not, it is not free to become that either.
+    """
+    if (folder / file).exists():
+        return True
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no {what}; name another folder.")
+    return False
+
+
 # ---- Ctrl-C ----------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from .common import (
     complain,
     err,
     find_model,
+    holds,
     load_backbone,
     new_folder,
     option,
@@ -380,11 +381,10 @@ def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
     """Sees that what was predicted there, if anything, was predicted with the same settings.
 
     Raises:
-        ValueError: it was not.
+        ValueError: it was not; or something else is there.
     """
+    holds(output, SETTINGS_FILE, "run")
     before = _settings_of(output)
-    if not (output / SETTINGS_FILE).exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no run; name another folder.")
     for name, value in settings.items():
         if name in before and before[name] != value:
             raise ValueError(

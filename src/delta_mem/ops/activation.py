@@ -33,6 +33,11 @@ class Rule(NamedTuple):
         sections = {"query": width, "key": width, "value": width, "beta": gates}
         return sections if self.tied_gates else {**sections, "lambda": gates}
 
+    @property
+    def written(self) -> int:
+        """Numbers of z that are written: all but the query."""
+        return sum(self.sections.values()) - self.num_states * self.rank
+
 
 class Inputs(NamedTuple):
     """The six tensors of `delta_rule`, each [..., states, rank]."""

@@ -123,8 +123,7 @@ def advance_segments(
     if not usable(tensors, rule.rank) or not _fit(z, gate_bias, state, rule, plan.ends, mask):
         return None
     planned = _planned(plan, z.shape[:2])
-    written = z.shape[2] - rule.num_states * rule.rank
-    if planned is None or open_sum.shape != (z.shape[0], written) or not _is_plain_float32(open_sum):
+    if planned is None or open_sum.shape != (z.shape[0], rule.written) or not _is_plain_float32(open_sum):
         return None
     reads, final = _results(z, rule)
     new_sum = torch.empty_like(open_sum)

@@ -177,7 +177,7 @@ class Token(ABC):
 def carried_shapes(batch: int, rule: Rule) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of a state, and of the sums of open segments."""
     states, rank = rule.num_states, rule.rank
-    return (batch, states, rank, rank), (batch, sum(rule.sections.values()) - states * rank)
+    return (batch, states, rank, rank), (batch, rule.written)
 
 
 def fit(tensors: Sequence[Tensor | None], shape: tuple[int, ...], device: int) -> bool:
