@@ -68,8 +68,7 @@ def test_gradients_as_on_the_cpu_and_deterministic(config):
     expected, found, again = gradients(on_cpu), gradients(on_gpu), gradients(on_gpu)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=2e-3 * float(other.abs().max()), rtol=2e-2)
-    if config.write == "token":
-        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

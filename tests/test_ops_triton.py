@@ -396,6 +396,36 @@ def test_steps_of_segments(update, tied, per_row, launches):
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    "tokens, batch, queries, written",
+    [(1, 5, 8, 18), (17, 4, 20, 60), (50, 3, 8, 18), (544, 2, 4, 9)],
+    ids=("one", "blocks", "chunks", "many-chunks"),
+)
+def test_writes_are_held_back_as_the_definition_says(tokens, batch, queries, written, monkeypatch):
+    monkeypatch.setattr(backend, "SEGMENT_CHUNK", 16)
+    for runs in ("short", "long"):
+        random = torch.Generator().manual_seed(tokens)
+        ids, *others = stream(tokens, batch, tokens)
+        if runs == "long":
+            ids = (torch.arange(tokens) + 30 * torch.arange(batch)[:, None]) // 500
+        plan = ops.segments.plan(*[x.to(DEVICE) for x in (ids, *others)])
+        z = torch.randn(batch, tokens, queries + written, generator=random)
+        open_sum = torch.randn(batch, written, generator=random)
+        inputs = [x.to(DEVICE).requires_grad_() for x in (z, open_sum)]
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        held, writes, left = backend.hold(*inputs, plan)
+        held_expected, writes_expected, left_expected = ops.segments.hold(*wide, plan)
+        assert torch.equal(writes, writes_expected) and not writes.requires_grad
+        assert_close((held, left), (held_expected, left_expected))
+        d_results = [torch.randn(x.shape, generator=random).to(DEVICE) for x in (held, left)]
+        found = torch.autograd.grad((held, left), inputs, d_results)
+        d_wide = [x.double() for x in d_results]
+        assert_close(found, torch.autograd.grad((held_expected, left_expected), wide, d_wide))
+        with torch.no_grad():
+            assert all(map(torch.equal, backend.hold(*inputs, plan), (held, writes, left)))
+
+
+@needs_kernels
 @pytest.mark.parametrize("given", ("all", "none", "keep"))
 def test_one_tokens_segments_are_planned_as_the_definition_says(given):
     for seed in range(12):

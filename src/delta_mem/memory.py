@@ -248,12 +248,9 @@ class DeltaMemory(nn.Module):
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
-        start, size = 3 * self.config.width, self.rule.sections["beta"]
-        beta = z.narrow(-1, start, size)
         if plan.segments is not None:
-            # The open sums are of what is written: z without its queries.
-            open_beta = open_sum.narrow(-1, start - self.config.width, size)
-            beta = ops.segments.means(beta, open_beta, plan.segments)[0]
+            z = ops.hold(z, open_sum, plan.segments)[0][:, 1:]
+        beta = z.narrow(-1, 3 * self.config.width, self.rule.sections["beta"])
         return torch.sigmoid(beta + self.split_gate_bias()["beta"].float())
 
     def correct(self, head: str, reads: Tensor, output: Tensor, in_place: bool = False) -> Tensor:
@@ -277,7 +274,7 @@ class DeltaMemory(nn.Module):
             delta = F.linear(reads, weight) * scale
             norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=config.o_norm_eps)
             return output + (norm * self.o_norm_weight).to(dtype)
-        reads, flat = reads.view(-1, reads.shape[-1]), output.flatten(0, -2)
+        reads, flat = reads.flatten(0, -2), output.flatten(0, -2)
         product = flat.addmm_ if in_place else flat.addmm
         return product(reads, weight.t(), alpha=scale).view(output.shape)
 

@@ -33,6 +33,7 @@ __all__ = [
     "begin_token",
     "close_segment",
     "delta_rule",
+    "hold",
     "plan_segments",
     "project",
     "read",
@@ -340,12 +341,16 @@ def advance_segments(
         results = cpu.advance_segments(z, gate_bias, state, open_sum, rule, plan, mask)
         if results is not None:
             return results
-    state = close_segment(gate_bias, state, open_sum, plan.open_before, plan.closes, rule)
-    width = rule.num_states * rule.rank
-    query, written = z.split([width, z.shape[-1] - width], -1)
-    means, open_sum = segments.means(written, open_sum, plan)
-    reads, state = advance(torch.cat([query, means], -1), gate_bias, state, rule, plan.ends, mask)
-    return reads, state, open_sum
+    held, writes, open_sum = hold(z, open_sum, plan)
+    mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    reads, state = advance(held, gate_bias, state, rule, writes, mask)
+    return reads[:, 1:], state, open_sum
+
+
+def hold(z: Tensor, open_sum: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """See `segments.hold`."""
+    results = triton.hold(z, open_sum, plan)
+    return segments.hold(z, open_sum, plan) if results is None else results
 
 
 def close_segment(

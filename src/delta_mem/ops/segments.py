@@ -132,20 +132,30 @@ def plan(
     return SegmentPlan(closes, index, member, ends, open_before, counts, stays_open, count, last_id)
 
 
-def means(written: Tensor, open_sum: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
-    """The mean of each token's segment [batch, tokens, features], and the sums of the segments left open.
+def hold(z: Tensor, open_sum: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """What `advance` is to do with a call, so that the mean of each segment is written at its end.
 
     Args:
-        written: float32 [batch, tokens, features].
-        open_sum: float32 [batch, features]: of the segments left open by the call before.
+        z: float32 [batch, tokens, features], laid out as `activation.Rule.sections`.
+        open_sum: float32 [batch, features - D]: of the segments left open by the call before.
         plan: of the call.
+
+    Returns:
+        z [batch, 1 + tokens, features], where in the place of what tokens write are their segments' means at
+        the ends, else zeros. Before the first token comes one that writes the segment left open by the call
+        before, if it ended there. Who writes, bool [batch, 1 + tokens]; and the sums of segments left open.
     """
+    query, written = z.split([z.shape[-1] - open_sum.shape[-1], open_sum.shape[-1]], -1)
     index = plan.index.unsqueeze(-1).expand_as(written)
     members = written.masked_fill(~plan.member.unsqueeze(-1), 0)
     sums = written.new_zeros(written.shape[0], written.shape[1] + 1, written.shape[2])
     sums = sums.scatter_add(1, index, members)
     sums[:, 0] += open_sum.masked_fill(plan.closes.unsqueeze(1), 0)
+    left_open = sums.gather(1, index[:, -1:]).squeeze(1) * plan.stays_open.unsqueeze(1)
+
     counts = plan.counts.gather(1, plan.index).clamp(min=1)
-    last = index[:, -1:]
-    left_open = sums.gather(1, last).squeeze(1) * plan.stays_open.unsqueeze(1)
-    return sums.gather(1, index) / counts.unsqueeze(-1), left_open
+    means = (sums.gather(1, index) / counts.unsqueeze(-1)).masked_fill(~plan.ends.unsqueeze(-1), 0)
+    before = open_sum / plan.open_before.clamp(min=1).unsqueeze(1)
+    written = torch.cat([before.unsqueeze(1), means], 1)
+    held = torch.cat([F.pad(query, (0, 0, 1, 0)), written], -1)
+    return held, torch.cat([plan.closes.unsqueeze(1), plan.ends], 1), left_open

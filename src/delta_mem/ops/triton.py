@@ -1,7 +1,8 @@
 """The recurrence on GPUs: the torch side of `triton_kernels.py`, where the mathematics is.
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
-projections to its reads, and four and a sum back; a layer of a `Token` is one, or of many queries two, from
+projections to its reads, and four and a sum back; `hold`, which goes before under segment writes, is two, and
+two back; a layer of a `Token` is one, or of many queries two, from
 the layer's input to the corrections of its projections. All may be captured in a CUDA graph; under
 torch.compile each is one operator of the graph, but a token's layer two: `step`, always two launches, which
 in a graph run beside what follows, and `settle`, which waits for them. `plan_token` says where segments end,
@@ -44,6 +45,9 @@ MAX_QUERIES = 2048
 
 # Queries up to which one launch does all of a layer of a `Token`.
 ONE_LAUNCH = 512
+
+# Tokens whose segments' sums one program takes.
+SEGMENT_CHUNK = 64
 
 # Queries of a row, at most, for a `Token`: each program holds the row's states as a whole.
 MAX_WIDTH = 512
@@ -109,6 +113,32 @@ def advance(
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _Advance.apply(*tensors, rule, *flags)
     return _advance(*tensors, *rule, *flags)
+
+
+def hold(z: Tensor, open_sum: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor, Tensor] | None:
+    """See `delta_mem.ops.segments.hold`; None for what the kernels do not take. Differentiable."""
+    planned = [getattr(plan, field) for field in _HELD]
+    if (
+        not usable((z, open_sum, *planned), 0)
+        or z.ndim != 3
+        or z.numel() == 0
+        or z.dtype != torch.float32
+        or open_sum.ndim != 2
+        or open_sum.dtype != torch.float32
+        or len(open_sum) != len(z)
+        or not 0 < open_sum.shape[1] <= z.shape[2]
+        or plan.index.shape != z.shape[:2]
+        or any(x.device != z.device for x in (open_sum, *planned))
+    ):
+        return None
+    given = [x.contiguous() for x in (z, open_sum, *planned)]
+    if torch.is_grad_enabled() and (z.requires_grad or open_sum.requires_grad):
+        return _Hold.apply(*given)
+    return _hold(*given[:2], given[2:])
+
+
+# Fields of a plan that `hold`'s kernels take, in order.
+_HELD = ("index", "member", "ends", "closes", "open_before", "counts", "stays_open")
 
 
 class Token(steps.Token):
@@ -324,6 +354,21 @@ class _Advance(torch.autograd.Function):
         return d_z, d_bias, d_state, None, None, None
 
 
+class _Hold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor, open_sum: Tensor, *planned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        results = _hold(z, open_sum, list(planned))
+        ctx.save_for_backward(*planned)
+        ctx.mark_non_differentiable(results[1])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_held: Tensor, _: Tensor | None, d_open: Tensor) -> tuple[Tensor | None, ...]:
+        planned = list(ctx.saved_tensors)
+        return *_hold_backward(d_held.contiguous(), d_open.contiguous(), planned), *(None for _ in planned)
+
+
 # ---- how the work is cut -------------------------------------------------------------------------
 
 
@@ -456,6 +501,19 @@ def _launch_backward(inputs: tuple, kept: Tensor, d_reads: Tensor, d_after: Tens
         _WARP,
     )
     return (*sums, *d_inputs), d_state
+
+
+def _hold_in_chunks(kernel, numbers: Tensor, planned: list[Tensor], given: tuple, results: tuple) -> None:
+    """Launches `kernels.hold`, or `kernels.hold_backward` over its gradients, and what goes before."""
+    batch, tokens = planned[0].shape
+    features, written = numbers.shape[2], given[-1].shape[1]
+    back, chunks, block = kernel is kernels.hold_backward, _ceil(tokens, SEGMENT_CHUNK), 32
+    sizes, constants = (tokens, chunks, features, features - written), (SEGMENT_CHUNK, block, back)
+    grid, edges = (chunks, _ceil(features, block), batch), None
+    if chunks > 1:
+        edges = numbers.new_empty(batch, chunks, features)
+        _run(kernels.edges, grid, (numbers, *planned, edges), sizes, constants, {"num_warps": 4})
+    _run(kernel, grid, (numbers, *planned, edges, *given, *results), sizes, constants, {"num_warps": 4})
 
 
 def _activated(z: Tensor, gate_bias: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None):
@@ -814,6 +872,37 @@ def _advance_backward(
     inputs = _activated(z, gate_bias, rule, writes, mask)
     grads, d_state = _launch_backward(inputs, kept, d_reads, d_after)
     return _activated_backward(z, gate_bias, rule, writes, mask, grads), d_state
+
+
+@_operator(
+    "hold(Tensor z, Tensor open_sum, Tensor[] planned) -> (Tensor, Tensor, Tensor)",
+    lambda z, open_sum, planned: _like_held(z, open_sum),
+)
+def _hold(z, open_sum, planned):
+    results = _like_held(z, open_sum)
+    _hold_in_chunks(kernels.hold, z, planned, (open_sum,), results)
+    return results
+
+
+def _like_held(z, open_sum):
+    batch, tokens, features = z.shape
+    writes = z.new_empty(batch, 1 + tokens, dtype=torch.bool)
+    return z.new_empty(batch, 1 + tokens, features), writes, torch.empty_like(open_sum)
+
+
+@_operator(
+    "hold_backward(Tensor d_held, Tensor d_open, Tensor[] planned) -> (Tensor, Tensor)",
+    lambda d_held, d_open, planned: _like_unheld(d_held, d_open),
+)
+def _hold_backward(d_held, d_open, planned):
+    results = _like_unheld(d_held, d_open)
+    _hold_in_chunks(kernels.hold_backward, d_held, planned, (d_open,), results)
+    return results
+
+
+def _like_unheld(d_held, d_open):
+    batch, tokens, features = d_held.shape
+    return d_held.new_empty(batch, tokens - 1, features), torch.empty_like(d_open)
 
 
 @_operator(

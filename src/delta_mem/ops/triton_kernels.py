@@ -21,7 +21,8 @@ the lanes of its own chunk again, from the one state that the forward pass kept 
 token's gradients. A composed map costs rank + 1 lanes: at high ranks, and where the batch fills the GPU,
 there is one chunk, no map, and the launch is a plain loop over the tokens.
 
-`activate` comes before, from a layer's projections, and `activate_backward` leads back to them. `step` takes
+`activate` comes before, from a layer's projections, and `activate_backward` leads back to them. Under segment
+writes `hold` comes before that, and puts the segments' means in the places of what is written. `step` takes
 one token, in one launch, from a layer's input to the corrections of its projections. Where launches cost
 little, `project` goes before and does a part of it, once for all of `step`'s programs.
 
@@ -40,6 +41,7 @@ _EPS = tl.constexpr(NORM_EPS)
 # Sizes of inputs differ from call to call: no kernel is compiled again because one happens to be 1
 # or a multiple of 16.
 _SIZES = ["tokens", "states", "lanes", "chunk", "chunks"]
+_SEGMENT_SIZES = ["tokens", "chunks", "features", "width"]
 
 
 # ---- in all kernels: where a lane is, what a token brings, what it does -----------------------------------
@@ -1035,6 +1037,187 @@ def step(
             before, sums, count, close, seen, corrections, scale, STATES, SIZE, RANK, R,
             UPDATE, TIED, PER_ROW, SIZES, IN_PLACE, PADDED, BLOCK, SLICE, UNROLL, OVERLAP,
         )  # fmt: skip
+
+
+# Of segment writes. A segment's mean needs a sum over its tokens, and its gradient, which comes from the
+# segment's end, goes to all of them: one sum, taken of what the tokens are (forward), or of what came to the
+# ends (BACK). In a chunk of tokens it is a product with the matrix that says who is of whose segment. Only at
+# a chunk's edge do segments go on: what chunks add to them, `edges` finds out before, for all chunks at once.
+
+
+@triton.jit
+def _cells(tokens, chunks, features, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's chunk, its tokens [CHUNK] and those of all rows before, and columns [BLOCK] of z."""
+    chunk = tl.program_id(0)
+    row = tl.program_id(2).to(tl.int64)
+    return chunk, row, chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _summands(
+    x, flags, counts, row, token, known, index, column, tokens, features, width, BACK: tl.constexpr
+):
+    """What those of the tokens [CHUNK] with a flag add to their segments' sums; nothing in the queries."""
+    inside = (column >= width) & (column < features)
+    place = row * tokens + token
+    if BACK:  # of held, which has a token more
+        place = row * (tokens + 1) + token + 1
+    on = known & (tl.load(flags + row * tokens + token, mask=known, other=0) != 0)
+    numbers = x + place[:, None] * features + column[None, :]
+    numbers = tl.load(numbers, mask=on[:, None] & inside[None, :], other=0.0)
+    if BACK:
+        numbers = numbers / _count(counts, row, index, known, tokens)[:, None]
+    return numbers
+
+
+@triton.jit
+def _count(counts, row, index, known, tokens):
+    """Tokens in the segments [CHUNK], one at least."""
+    return tl.maximum(tl.load(counts + row * (tokens + 1) + index, mask=known, other=1.0), 1.0)
+
+
+@triton.jit
+def _segment_sums(
+    x, index_of, flags, counts, edges, chunk, row, token, known, index, column,
+    tokens, chunks, features, width, CHUNK: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """The sum over the whole segment of each token [CHUNK, BLOCK], the chunks that it comes from included."""
+    own = _summands(x, flags, counts, row, token, known, index, column, tokens, features, width, BACK)
+    same = (index[:, None] == index[None, :]).to(tl.float32)
+    sums = tl.dot(same, own, input_precision="ieee")
+    if edges is not None:
+        index_of += row * tokens
+        inside = column < features
+        # The segment that goes on beyond the chunk's edge, and the chunks beyond it.
+        if BACK:
+            beyond = tl.load(index_of + tl.minimum(chunk * CHUNK + CHUNK, tokens) - 1)
+            first = chunk + 1
+            last = chunks
+        else:
+            beyond = tl.load(index_of + chunk * CHUNK)
+            first = chunk * 0
+            last = chunk
+        added = tl.zeros((column.shape[0],), tl.float32)
+        for start in range(first, last, 32):
+            other = start + tl.arange(0, 32)
+            there = other < last
+            near = other * CHUNK if BACK else other * CHUNK + CHUNK - 1  # its token nearest to this chunk
+            there = there & (tl.load(index_of + near, mask=there, other=-1) == beyond)
+            place = (row * chunks + other)[:, None] * features + column[None, :]
+            added += tl.sum(tl.load(edges + place, mask=there[:, None] & inside[None, :], other=0.0), axis=0)
+        sums += tl.where((index == beyond)[:, None], added[None, :], 0.0)
+    return sums
+
+
+@triton.jit(do_not_specialize=_SEGMENT_SIZES)
+def edges(
+    x, index_of, member, ends, closes, open_before, counts, stays_open, results,
+    tokens, chunks, features, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """What each chunk adds to the segment that goes on into the next, or if BACK into the one before.
+
+    Args:
+        x: `hold`'s z, or if BACK the gradient of held. The plan is as there.
+        results: [batch, chunks, features]; nothing is put into the queries.
+    """
+    chunk, row, token, column = _cells(tokens, chunks, features, CHUNK, BLOCK)
+    known = token < tokens
+    index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
+    edge = chunk * CHUNK if BACK else tl.minimum(chunk * CHUNK + CHUNK, tokens) - 1
+    on = known & (index == tl.load(index_of + row * tokens + edge))
+    flags = member
+    if BACK:
+        flags = ends
+    numbers = _summands(x, flags, counts, row, token, on, index, column, tokens, features, width, BACK)
+    place = (row * chunks + chunk) * features + column
+    tl.store(results + place, tl.sum(numbers, axis=0), mask=(column >= width) & (column < features))
+
+
+@triton.jit(do_not_specialize=_SEGMENT_SIZES)
+def hold(
+    z, index_of, member, ends, closes, open_before, counts, stays_open, edges, open_sum,
+    held, writes, open_after,
+    tokens, chunks, features, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """`segments.hold`. Grid: (chunks, blocks of features, batch).
+
+    Args:
+        z: [batch, tokens, features].
+        index_of and so on: of the `segments.SegmentPlan`, where `index_of` is called `index`.
+        edges: what the kernel of that name leaves; None of one chunk.
+        open_sum, open_after: [batch, features - width].
+        held, writes: [batch, 1 + tokens, features] and [batch, 1 + tokens].
+        width: of the queries, which come first in z.
+    """
+    chunk, row, token, column = _cells(tokens, chunks, features, CHUNK, BLOCK)
+    known = token < tokens
+    inside = column < features
+    written = inside & (column >= width)
+    index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
+    sums = _segment_sums(
+        z, index_of, member, counts, edges, chunk, row, token, known, index, column,
+        tokens, chunks, features, width, CHUNK, BACK,
+    )  # fmt: skip
+    closed = tl.load(closes + row) != 0
+    to_open = row * (features - width) + column - width
+    before = tl.load(open_sum + to_open, mask=written, other=0.0)
+    sums += tl.where((index == 0)[:, None] & (not closed), before[None, :], 0.0)
+
+    ended = known & (tl.load(ends + row * tokens + token, mask=known, other=0) != 0)
+    means = sums / _count(counts, row, index, known, tokens)[:, None]
+    from_z = (row * tokens + token)[:, None] * features + column[None, :]
+    queries = tl.load(z + from_z, mask=known[:, None] & (column < width)[None, :], other=0.0)
+    to = row * (tokens + 1) + token + 1
+    values = tl.where((column < width)[None, :], queries, tl.where(ended[:, None], means, 0.0))
+    tl.store(held + to[:, None] * features + column[None, :], values, mask=known[:, None] & inside[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(writes + to, ended, mask=known)
+    if chunk == 0:
+        mean = before / tl.maximum(tl.load(open_before + row), 1.0)
+        tl.store(held + row * (tokens + 1) * features + column, mean, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(writes + row * (tokens + 1), closed)
+    if chunk == chunks - 1:
+        left = tl.sum(tl.where((token == tokens - 1)[:, None], sums, 0.0), axis=0)
+        stays = tl.load(stays_open + row) != 0
+        tl.store(open_after + to_open, tl.where(stays, left, 0.0), mask=written)
+
+
+@triton.jit(do_not_specialize=_SEGMENT_SIZES)
+def hold_backward(
+    grad_held, index_of, member, ends, closes, open_before, counts, stays_open, edges, grad_after,
+    grad_z, grad_open,
+    tokens, chunks, features, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `hold`'s z and open_sum, of those of held and open_after. Grid and shapes are its."""
+    chunk, row, token, column = _cells(tokens, chunks, features, CHUNK, BLOCK)
+    known = token < tokens
+    inside = column < features
+    written = inside & (column >= width)
+    index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
+    sums = _segment_sums(
+        grad_held, index_of, ends, counts, edges, chunk, row, token, known, index, column,
+        tokens, chunks, features, width, CHUNK, BACK,
+    )  # fmt: skip
+    to_open = row * (features - width) + column - width
+    stays = tl.load(stays_open + row) != 0
+    after = tl.load(grad_after + to_open, mask=written & stays, other=0.0)
+    last = tl.load(index_of + row * tokens + tokens - 1)
+    sums += tl.where((index == last)[:, None], after[None, :], 0.0)
+
+    counted = known & (tl.load(member + row * tokens + token, mask=known, other=0) != 0)
+    from_held = (row * (tokens + 1) + token + 1)[:, None] * features + column[None, :]
+    queries = tl.load(grad_held + from_held, mask=known[:, None] & (column < width)[None, :], other=0.0)
+    values = tl.where((column < width)[None, :], queries, tl.where(counted[:, None], sums, 0.0))
+    to = (row * tokens + token)[:, None] * features + column[None, :]
+    tl.store(grad_z + to, values, mask=known[:, None] & inside[None, :])
+    if chunk == 0:
+        # Held, it is written before the first token; else it is in the sum of the first segment.
+        mean = tl.load(grad_held + row * (tokens + 1) * features + column, mask=written, other=0.0)
+        grad = mean / tl.maximum(tl.load(open_before + row), 1.0)
+        in_sum = tl.sum(tl.where(((token == 0) & (index == 0))[:, None], sums, 0.0), axis=0)
+        grad += tl.where(tl.load(closes + row) != 0, 0.0, in_sum)
+        tl.store(grad_open + to_open, grad, mask=written)
 
 
 # Fields of a `segments.SegmentPlan` that `step` takes, in order.
