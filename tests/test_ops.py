@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from delta_mem.ops import BACKENDS, cpu, delta_rule
+from delta_mem.ops import BACKENDS, alike, cpu, delta_rule
 
 # Triton's kernels have tests of their own: they need a GPU, or its interpreter in a process of its own.
 HERE = [name for name in BACKENDS if name != "triton"]
@@ -452,3 +452,12 @@ def test_packed_sequences_want_one_state_each():
     message = r"state has shape \(1, 1, 8, 8\), expected \(2, 1, 8, 8\)"
     with pytest.raises(ValueError, match=message):
         delta_rule(**example(5, batch=1), cu_seqlens=torch.tensor([0, 2, 5]))
+
+
+@pytest.mark.parametrize("shape", ((1, 18), (2, 18), (3, 7), (1, 3), (2, 1, 3, 3), (1, 1, 8, 8)))
+def test_room_made_at_once_is_that_of_tensors_of_their_own(shape):
+    made = alike(5, shape, torch.device("cpu"))
+    for number, x in enumerate(made):
+        assert x.shape == shape and x.is_contiguous() and x.data_ptr() % 16 == 0 and not x._is_view()
+        x.fill_(number)
+    assert [x.unique().tolist() for x in made] == [[n] for n in range(5)]

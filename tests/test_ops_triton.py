@@ -426,10 +426,31 @@ def test_writes_are_held_back_as_the_definition_says(tokens, batch, queries, wri
 
 
 @needs_kernels
+@pytest.mark.parametrize("tokens, size, width", ((1, 5, 3), (70, 130, 8), (200, 256, 20), (129, 384, 64)))
+def test_an_output_is_corrected_as_the_definition_says(tokens, size, width, monkeypatch):
+    random = torch.Generator().manual_seed(width)
+    shapes = (1, tokens, size), (1, tokens, width), (size, width)
+    # The interpreter has no products of bfloat16.
+    for dtype in (torch.float16, torch.bfloat16) if GPU else (torch.float16,):
+        output, reads, weight = (torch.randn(x, generator=random).to(DEVICE, dtype) for x in shapes)
+        expected = ops.correct(output.double(), reads.double(), weight.double(), 0.7, in_place=False)
+        before = output.clone()
+        with torch.no_grad():
+            assert not backend.correct(output, reads, weight, 0.7)  # too little for a kernel of its own
+            assert torch.equal(output, before)
+            with monkeypatch.context() as patch:
+                patch.setattr(backend, "MANY_OUTPUTS", 0)
+                assert ops.correct(output, reads, weight, 0.7, in_place=True) is output
+        # Rounded once, from float32.
+        torch.testing.assert_close(output.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@needs_kernels
 @pytest.mark.parametrize("given", ("all", "none", "keep"))
-def test_one_tokens_segments_are_planned_as_the_definition_says(given):
-    for seed in range(12):
-        ids, writes, present, count, open_ids, keep = [x.to(DEVICE) for x in stream(seed, tokens=1)]
+@pytest.mark.parametrize("tokens", (1, 12, 31, 32, 1500))
+def test_segments_are_planned_as_the_definition_says(tokens, given):
+    for seed in range(12 if tokens < 1000 else 2):
+        ids, writes, present, count, open_ids, keep = [x.to(DEVICE) for x in stream(seed, tokens=tokens)]
         if given != "all":
             ids, writes, present = torch.zeros_like(ids), torch.ones_like(writes), torch.ones_like(present)
             keep = torch.full_like(keep, given == "keep")
@@ -438,14 +459,14 @@ def test_one_tokens_segments_are_planned_as_the_definition_says(given):
             own = ids, writes | ~present, present, count, open_ids, keep, False  # padding writes nothing
         else:
             own = None, None, None, count, open_ids, None, given == "keep"
-        plan = backend.plan_token((5, 1), *own)
+        plan = backend.plan_segments((5, tokens), *own)
         for field in dataclasses.fields(expected):
             got, right = getattr(plan, field.name), getattr(expected, field.name)
             assert got.dtype == right.dtype and torch.equal(got, right), (seed, field.name)
     rest = writes, present, count, open_ids, keep, False
-    assert backend.plan_token((5, 2), ids.expand(5, 2), *rest) is None
-    assert backend.plan_token((5, 1), ids.int(), *rest) is None
-    assert backend.plan_token((5, 1), ids[:4], *rest) is None
+    assert backend.plan_segments((5, tokens + 1), ids, *rest) is None
+    assert backend.plan_segments((5, tokens), ids.int(), *rest) is None
+    assert backend.plan_segments((5, tokens), ids[:4], *rest) is None
 
 
 @needs_kernels

@@ -274,9 +274,7 @@ class DeltaMemory(nn.Module):
             delta = F.linear(reads, weight) * scale
             norm = F.rms_norm(delta.float(), delta.shape[-1:], eps=config.o_norm_eps)
             return output + (norm * self.o_norm_weight).to(dtype)
-        reads, flat = reads.flatten(0, -2), output.flatten(0, -2)
-        product = flat.addmm_ if in_place else flat.addmm
-        return product(reads, weight.t(), alpha=scale).view(output.shape)
+        return ops.correct(output, reads, weight, scale, in_place)
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight in the backbone's dtype. For inference the cast is made once and kept."""

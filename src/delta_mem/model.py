@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, generation
+from . import checkpoint, generation, ops
 from .backbones import (
     CALL,
     Coupling,
@@ -182,7 +182,8 @@ class DeltaMemModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Identifies the adapter: what a memory's `adapter` must be. See `checkpoint.fingerprint`."""
-        source = [version(parameter) for parameter in self.adapters.parameters()]
+        adapters = self._coupling.adapters.values()  # past nn.Module's slow walk: asked for every new memory
+        source = [version(parameter) for adapter in adapters for parameter in adapter._parameters.values()]
         if self._fingerprint is None or self._fingerprint[0] != source:
             self._fingerprint = (source, checkpoint.fingerprint(self.delta_config, self.named_weights()))
         return self._fingerprint[1]
@@ -220,13 +221,17 @@ class DeltaMemModel(nn.Module):
 
     def _blank_memory(self, batch_size: int) -> MemoryState:
         """`new_memory` without a fingerprint: for a call that throws it away."""
-        config = self.delta_config
+        config, adapters = self.delta_config, self._coupling.adapters
+        by_device: dict[torch.device, list[int]] = {}
+        for index, adapter in adapters.items():
+            by_device.setdefault(adapter.device, []).append(index)
 
         def zeros(*size: int) -> dict[int, Tensor]:
-            return {
-                index: torch.zeros(batch_size, *size, dtype=torch.float32, device=adapter.device)
-                for index, adapter in self._coupling.adapters.items()
-            }
+            made: dict[int, Tensor] = {}
+            for device, layers in by_device.items():
+                made |= zip(layers, ops.alike(len(layers), (batch_size, *size), device), strict=True)
+            torch._foreach_zero_(list(made.values()))  # on a GPU one launch, not one for each
+            return {index: made[index] for index in adapters}
 
         layers, open_segment = zeros(config.num_states, config.rank, config.rank), None
         zero = torch.zeros(batch_size, dtype=torch.int64, device=next(iter(layers.values())).device)
@@ -313,6 +318,11 @@ class DeltaMemModel(nn.Module):
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         self._check_attached()
         shape = self._check_inputs(input_ids, kwargs.get("inputs_embeds"))
+        # On the CPU the embedding itself notices a wrong id. A GPU would not survive it, but asking costs a
+        # stop, so its one-token steps are not asked, nor those of a training loop; generate asks its prompt.
+        on_cpu = input_ids is None or input_ids.device.type == "cpu"
+        if not on_cpu and shape[1] > 1 and not self.training:
+            self._check_ids(input_ids)
         memory = self._blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -496,18 +506,13 @@ class DeltaMemModel(nn.Module):
             raise ValueError(f"input_ids must be an int64 tensor [batch, tokens], got {given.dtype}.")
         if given.numel() == 0:
             raise ValueError(f"input_ids is empty ({list(given.shape)}): there is nothing to read.")
-        # On the CPU the embedding itself notices a wrong id. A GPU would not survive it, but asking costs a
-        # stop, so its one-token steps are not asked, nor those of a training loop; generate asks its prompt.
-        on_cpu = input_ids is not None and input_ids.device.type == "cpu"
-        if input_ids is not None and not on_cpu and input_ids.shape[1] > 1 and not self.training:
-            self._check_ids(input_ids)
         return given.shape[0], given.shape[1]
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if torch.compiler.is_compiling():
             return
         vocabulary = self.backbone.get_input_embeddings().weight.shape[0]
-        low, high = (int(x) for x in torch.aminmax(input_ids))
+        low, high = torch.stack(torch.aminmax(input_ids)).tolist()  # one stop, not two
         if low < 0 or high >= vocabulary:
             raise ValueError(
                 f"input_ids hold {low if low < 0 else high}, but the vocabulary has {vocabulary} ids."

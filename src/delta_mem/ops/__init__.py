@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from . import chunked, cpu, naive, segments, triton
 from .activation import Rule, activate, direction
 from .segments import SegmentPlan
-from .steps import Step, Steps, Token
+from .steps import Step, Steps, Token, alike
 
 __all__ = [
     "BACKENDS",
@@ -30,8 +30,10 @@ __all__ = [
     "Token",
     "advance",
     "advance_segments",
+    "alike",
     "begin_token",
     "close_segment",
+    "correct",
     "delta_rule",
     "hold",
     "plan_segments",
@@ -273,6 +275,22 @@ def project(hidden: Tensor, in_proj: Tensor) -> Tensor:
     return F.linear(hidden, in_proj.to(hidden.dtype)).float()
 
 
+def correct(output: Tensor, reads: Tensor, weight: Tensor, scale: float, in_place: bool) -> Tensor:
+    """output + scale * reads weightᵀ, in output's dtype.
+
+    Args:
+        output: [..., size].
+        reads: [..., D], of output's dtype, as is weight.
+        weight: [size, D].
+        in_place: may write to `output`: a second tensor of its size would double what it takes.
+    """
+    if in_place and triton.correct(output, reads, weight, scale):
+        return output
+    reads, flat = reads.flatten(0, -2), output.flatten(0, -2)
+    product = flat.addmm_ if in_place else flat.addmm
+    return product(reads, weight.t(), alpha=scale).view(output.shape)
+
+
 def read(z: Tensor, gate_bias: Tensor, state: Tensor, rule: Rule, mask: Tensor | None = None) -> Tensor:
     """The reads of `advance`, where no token writes."""
     nobody = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
@@ -302,7 +320,7 @@ def plan_segments(
         open_count, open_ids, keep_open: see `segments.plan`; one bool is for all rows.
     """
     by_row, keep = (None, keep_open) if isinstance(keep_open, bool) else (keep_open, False)
-    for plan in (triton.plan_token, cpu.plan_segments):
+    for plan in (triton.plan_segments, cpu.plan_segments):
         planned = plan(shape, ids, writes, present, open_count, open_ids, by_row, keep)
         if planned is not None:
             return planned

@@ -8,6 +8,7 @@ of which each then does little more than start its kernel.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -123,7 +124,7 @@ class Token(ABC):
         shapes = carried_shapes(self.shape[0], steps.rule)
         if not all(fit(tensors, shape, self.device) for tensors, shape in zip(carried, shapes, strict=True)):
             return
-        after = list(zip(*map(_like, carried), strict=True))
+        after = list(zip(*map(_after, carried), strict=True))
         self._carry(before, after)
         self.after = dict(zip(layers, after, strict=True))
         self._layers = layers
@@ -195,12 +196,20 @@ def fit(tensors: Sequence[Tensor | None], shape: tuple[int, ...], device: int) -
     )
 
 
-def _like(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Room for as many tensors alike, each of which begins at a multiple of 16 bytes; or as many None."""
+def alike(count: int, shape: tuple[int, ...], device: torch.device) -> Sequence[Tensor]:
+    """Room for so many float32 tensors of one shape [rows, …], each at a multiple of 16 bytes.
+
+    Made at once, which is faster; to autograd they are tensors of their own, not views of one.
+    """
+    rows, *size = shape
+    apart = rows + -rows % (4 // math.gcd(4, *size))
+    made = torch.empty(count * apart, *size, dtype=torch.float32, device=device)
+    if apart == rows:
+        return made.unsafe_split(rows)
+    return made.unsafe_split_with_sizes([rows, apart - rows] * count)[::2]
+
+
+def _after(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Room for what the layers carry from a token, of the tensors that they carry to it; or as many None."""
     first = tensors[0]
-    if first is None:
-        return tensors
-    if first.numel() % 4:
-        return list(map(torch.empty_like, tensors))
-    # At once, which is faster; as tensors of their own, not views of one, to autograd.
-    return first.new_empty((len(tensors) * len(first), *first.shape[1:])).unsafe_split(len(first))
+    return tensors if first is None else alike(len(tensors), first.shape, first.device)

@@ -5,8 +5,8 @@ projections to its reads, and four and a sum back; `hold`, which goes before und
 two back; a layer of a `Token` is one, or of many queries two, from
 the layer's input to the corrections of its projections. All may be captured in a CUDA graph; under
 torch.compile each is one operator of the graph, but a token's layer two: `step`, always two launches, which
-in a graph run beside what follows, and `settle`, which waits for them. `plan_token` says where segments end,
-for decoding.
+in a graph run beside what follows, and `settle`, which waits for them. `plan_segments` says where segments
+end, in one.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -45,6 +45,10 @@ MAX_QUERIES = 2048
 
 # Queries up to which one launch does all of a layer of a `Token`.
 ONE_LAUNCH = 512
+
+# Outputs of a projection from which on its correction has a kernel of its own, and its most queries. It is as
+# fast as memory is; torch's product, made for more columns than eight, is not.
+MANY_OUTPUTS, MAX_CORRECTION = 1 << 20, 64
 
 # Tokens whose segments' sums one program takes.
 SEGMENT_CHUNK = 64
@@ -139,6 +143,30 @@ def hold(z: Tensor, open_sum: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor
 
 # Fields of a plan that `hold`'s kernels take, in order.
 _HELD = ("index", "member", "ends", "closes", "open_before", "counts", "stays_open")
+
+
+def correct(output: Tensor, reads: Tensor, weight: Tensor, scale: float) -> bool:
+    """See `delta_mem.ops.correct`, in place; False, and nothing done, for what the kernel does not take."""
+    tensors = output, reads, weight
+    if (
+        not usable(tensors, 0)
+        or is_compiling()
+        or _watched()
+        or torch.is_grad_enabled()
+        or output.dtype not in (torch.bfloat16, torch.float16)
+        or any(x.dtype is not output.dtype or x.device != output.device for x in tensors)
+        or not all(x.is_contiguous() for x in tensors)
+        or output.numel() < MANY_OUTPUTS
+        or not 0 < weight.shape[1] <= MAX_CORRECTION
+        or output.shape[:-1] != reads.shape[:-1]
+        or weight.shape != (output.shape[-1], reads.shape[-1])
+    ):
+        return False
+    size, width = weight.shape
+    tokens, padded = output.numel() // size, max(16, 1 << (width - 1).bit_length())
+    grid = _ceil(size, 128), _ceil(tokens, 64), 1
+    _run(kernels.correct, grid, tensors, (tokens, scale), (width, size, padded, 64, 128), {"num_warps": 4})
+    return True
 
 
 class Token(steps.Token):
@@ -247,7 +275,7 @@ def _flags(segments: SegmentPlan | None, writes: Tensor | None, mask: Tensor | N
 _NO_PLAN = (None,) * 6
 
 
-def plan_token(
+def plan_segments(
     shape: tuple[int, int],
     ids: Tensor | None,
     writes: Tensor | None,
@@ -257,12 +285,12 @@ def plan_token(
     keep_open: Tensor | None,
     keep: bool,
 ) -> SegmentPlan | None:
-    """As `cpu.plan_segments`; for one token, in one launch."""
+    """As `cpu.plan_segments`, in one launch: sixty operations take longer to start than layers to compute."""
     given = ids, writes, present, open_count, open_ids, keep_open
     there = [x for x in given if x is not None]
-    if shape[1] != 1 or not usable(there, 0) or _transformed() or not plannable(shape, *given):
+    if not usable(there, 0) or _transformed() or not plannable(shape, *given) or 0 in shape:
         return None
-    return SegmentPlan(*_plan_token(*given, keep))
+    return SegmentPlan(*_plan_segments(*given, keep, shape[1]))
 
 
 def _kind(x: Tensor | None) -> tuple | None:
@@ -906,16 +934,18 @@ def _like_unheld(d_held, d_open):
 
 
 @_operator(
-    "plan_token(Tensor? ids, Tensor? writes, Tensor? present, Tensor open_count, Tensor open_ids, "
-    "Tensor? keep_open, bool keep) -> Tensor[]",
-    lambda ids, writes, present, open_count, *_: plan_room(open_count, 1),
+    "plan_segments(Tensor? ids, Tensor? writes, Tensor? present, Tensor open_count, Tensor open_ids, "
+    "Tensor? keep_open, bool keep, SymInt tokens) -> Tensor[]",
+    lambda ids, writes, present, open_count, open_ids, keep_open, keep, tokens: plan_room(open_count, tokens),
 )
-def _plan_token(ids, writes, present, open_count, open_ids, keep_open, keep):
+def _plan_segments(ids, writes, present, open_count, open_ids, keep_open, keep, tokens):
     given = open_count, open_ids, ids, writes, present, keep_open
     given = [x if x is None else x.contiguous() for x in given]
-    plan, rows, block = plan_room(open_count, 1), len(open_count), 128
-    grid = _ceil(rows, block), 1, 1
-    _run(kernels.plan_token, grid, (*given, *plan), (rows,), (keep, block), {"num_warps": 4})
+    plan, rows = plan_room(open_count, tokens), len(open_count)
+    final = open_count.new_empty(rows, tokens + 1, dtype=torch.int32)
+    block, warps = (32, 1) if tokens < 32 else (1024, 8)
+    tensors, options = (*given, *plan, final), {"num_warps": warps}
+    _run(kernels.plan_segments, (rows, 1, 1), tensors, (tokens,), (keep, block), options)
     return plan
 
 

@@ -1039,6 +1039,40 @@ def step(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def correct(
+    output,
+    reads,
+    weight,
+    tokens,
+    scale,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    W: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """output += scale * reads weightᵀ. Grid: (blocks of outputs, blocks of tokens).
+
+    Args:
+        output: [tokens, SIZE], float16 or bfloat16 as the other two.
+        reads: [tokens, WIDTH].
+        weight: [SIZE, WIDTH].
+        W: WIDTH, padded to a power of two that tensor cores take.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    i = tl.arange(0, W)
+    known, inside, there = (token < tokens)[:, None], column < SIZE, i < WIDTH
+    to = output + token[:, None].to(tl.int64) * SIZE + column[None, :]
+    before = tl.load(to, mask=known & inside[None, :], other=0.0).to(tl.float32)
+    m = tl.load(reads + token[:, None] * WIDTH + i[None, :], mask=known & there[None, :], other=0.0)
+    w = weight + column[None, :] * WIDTH + i[:, None]
+    w = tl.load(w, mask=inside[None, :] & there[:, None], other=0.0)
+    after = before + scale * tl.dot(m, w)
+    tl.store(to, after.to(output.dtype.element_ty), mask=known & inside[None, :])
+
+
 # Of segment writes. A segment's mean needs a sum over its tokens, and its gradient, which comes from the
 # segment's end, goes to all of them: one sum, taken of what the tokens are (forward), or of what came to the
 # ends (BACK). In a chunk of tokens it is a product with the matrix that says who is of whose segment. Only at
@@ -1224,8 +1258,8 @@ def hold_backward(
 PLAN = ("index", "member", "ends", "closes", "open_before", "stays_open")
 
 
-@triton.jit(do_not_specialize=["rows"])
-def plan_token(
+@triton.jit(do_not_specialize=["tokens"])
+def plan_segments(
     open_count,
     open_ids,
     ids,
@@ -1241,52 +1275,101 @@ def plan_token(
     stays_open,
     count_after,
     ids_after,
-    rows,
+    final,
+    tokens,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`segments.plan` of calls of one token. Grid: blocks of rows.
+    """`segments.plan`. Grid: rows. What atomics add up are whole numbers, so that their order shows nowhere.
 
     Args:
-        open_count, open_ids, ids, writes, present, keep_open: [rows], see there. None for ids are zeros, for
-            writes and present True, for keep_open KEEP.
-        closes and so on: the plan's fields in their order, of which `counts` is [rows, 2], the others [rows].
+        open_count, open_ids, ids, writes, present, keep_open: see there. None for ids are zeros, for writes and
+            present True, for keep_open KEEP.
+        closes and so on: the plan's fields in their order.
+        final: int32 [rows, tokens + 1], room for the last token of each segment.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    before = tl.load(open_count + row, mask=inside, other=0)
-    is_open = before > 0
-    open_id = tl.where(is_open, tl.load(open_ids + row, mask=inside, other=-1), -1)
-    written = _flag(writes, row, inside, True) & _flag(present, row, inside, True)
-    keeps = _flag(keep_open, row, inside, KEEP)
-    here = open_id * 0
-    if ids is not None:
-        here = tl.load(ids + row, mask=inside, other=-1)
-    starts = written & (here != open_id)
-    closed = starts & is_open
-    counted = written & (here >= 0)
-    id_after = tl.where(written, here, open_id)
-    left = tl.where(closed, 0, before)  # in segment 0
-    count = tl.where(starts, 0, left) + tl.where(counted, 1, 0)  # in the token's segment
-    stays = (~written) | (keeps & (id_after >= 0))
-    tl.store(closes + row, closed, mask=inside)
-    tl.store(index + row, tl.where(starts, 1, 0).to(tl.int64), mask=inside)
-    tl.store(member + row, counted, mask=inside)
-    tl.store(ends + row, written & (~keeps) & (count > 0), mask=inside)
-    tl.store(open_before + row, before.to(tl.float32), mask=inside)
-    tl.store(counts + 2 * row, tl.where(starts, left, count).to(tl.float32), mask=inside)
-    tl.store(counts + 2 * row + 1, tl.where(starts, count, 0).to(tl.float32), mask=inside)
-    tl.store(stays_open + row, stays, mask=inside)
-    tl.store(count_after + row, tl.where(stays, count, 0), mask=inside)
-    tl.store(ids_after + row, id_after, mask=inside)
+    row = tl.program_id(0).to(tl.int64)
+    one = row >= 0
+    before = tl.load(open_count + row)
+    open_id = tl.where(before > 0, tl.load(open_ids + row), -1)
+    keeps = _flag(keep_open, row, one, KEEP)
+    first = row * tokens
+    counts += row * (tokens + 1)
+    final += row * (tokens + 1)
+    for start in range(0, tokens + 1, BLOCK):
+        segment = start + tl.arange(0, BLOCK)
+        tl.store(counts + segment, 0.0, mask=segment <= tokens)
+        tl.store(final + segment, -1, mask=segment <= tokens)
+    tl.debug_barrier()
+
+    writer = -1  # the last token that wrote, and its segment
+    last = 0
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        at = first + token
+        known = token < tokens
+        there = _flag(present, at, known, True)
+        written = _flag(writes, at, known, True) & there
+        earlier = known & (token > 0)
+        wrote = _flag(writes, at - 1, earlier, True) & _flag(present, at - 1, earlier, True)
+        wrote_last = tl.associative_scan(tl.where(wrote, token - 1, -1), 0, _larger)
+        wrote_last = tl.maximum(wrote_last, writer)
+        id_before = _id_of(ids, first + wrote_last, wrote_last >= 0, open_id)
+        id_here = _id_of(ids, at, known, open_id)
+        here = last + tl.cumsum((written & (id_here != id_before)).to(tl.int32), 0)
+        counted = written & (id_here >= 0)
+        tl.store(index + at, here.to(tl.int64), mask=known)
+        tl.store(member + at, counted, mask=known)
+        tl.atomic_add(counts + here, tl.full((BLOCK,), 1.0, tl.float32), mask=counted)
+        tl.atomic_max(final + here, token, mask=there)
+        writer = tl.maximum(writer, tl.max(tl.where(written, token, -1), 0))
+        last = tl.max(here, 0)
+    tl.debug_barrier()
+
+    anybody = writer >= 0
+    id_after = _id_of(ids, first + writer, anybody, open_id)
+    closed = anybody & (before > 0) & (tl.load(final, cache_modifier=".cg") < 0)
+    left = tl.where(closed, 0, before).to(tl.float32)
+    tl.store(counts, tl.load(counts, cache_modifier=".cg") + left)
+    tl.debug_barrier()
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        known = token < tokens
+        here = tl.load(index + first + token, mask=known, other=0)
+        ended = _flag(present, first + token, known, True) & anybody & ~(keeps & (here == last))
+        ended = ended & (token == tl.load(final + here, mask=known, other=-1, cache_modifier=".cg"))
+        ended = ended & (tl.load(counts + here, mask=known, other=0.0, cache_modifier=".cg") > 0)
+        tl.store(ends + first + token, ended, mask=known)
+    stays = (~anybody) | (keeps & (id_after >= 0))
+    count = tl.load(counts + last, cache_modifier=".cg").to(tl.int64)
+    tl.store(closes + row, closed)
+    tl.store(open_before + row, before.to(tl.float32))
+    tl.store(stays_open + row, stays)
+    tl.store(count_after + row, tl.where(stays, count, 0))
+    tl.store(ids_after + row, id_after)
 
 
 @triton.jit
-def _flag(flags, row, inside, DEFAULT: tl.constexpr):
-    """The flags of rows; DEFAULT if none are given."""
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _id_of(ids, at, inside, default):
+    """The ids of tokens, zeros if none are given; `default` where there is no token."""
+    found = tl.where(inside, default * 0, default)
+    if ids is not None:
+        found = tl.load(ids + at, mask=inside, other=0)
+        found = tl.where(inside, found, default)
+    return found
+
+
+@triton.jit
+def _flag(flags, at, inside, DEFAULT: tl.constexpr):
+    """The flags there; DEFAULT if none are given."""
     flag = inside
     if flags is not None:
-        flag = tl.load(flags + row, mask=inside, other=0) != 0
+        flag = tl.load(flags + at, mask=inside, other=0) != 0
     elif not DEFAULT:
-        flag = inside & (row < 0)
+        flag = inside & (at < 0)
     return flag
