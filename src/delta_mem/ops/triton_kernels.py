@@ -1283,8 +1283,8 @@ def plan_segments(
     """`segments.plan`. Grid: rows. What atomics add up are whole numbers, so that their order shows nowhere.
 
     Args:
-        open_count, open_ids, ids, writes, present, keep_open: see there. None for ids are zeros, for writes and
-            present True, for keep_open KEEP.
+        open_count, open_ids, ids, writes, present, keep_open: see there. None for ids are zeros, for writes
+            and present True, for keep_open KEEP.
         closes and so on: the plan's fields in their order.
         final: int32 [rows, tokens + 1], room for the last token of each segment.
     """
