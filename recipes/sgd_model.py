@@ -425,6 +425,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="processes that make batches")
     args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"--data: there is no file {args.data}.")
     size, home = SIZES[args.size], args.output / "backbone"
 
     if not (home / "tokenizer.json").exists():
