@@ -99,9 +99,8 @@ def test_generate_records_one_graph():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_training_step_does_not_wait_for_the_gpu(config, monkeypatch):
-    """But for what transformers asks it before each forward: whether there is padding, or sequences are packed."""
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+def test_a_training_step_does_not_wait_for_the_gpu(config):
+    """Of questions without padding: else transformers asks it whether there is any."""
     from delta_mem.training import EpisodeCollator, EpisodeObjective
     from delta_mem.training.objectives import counted
 

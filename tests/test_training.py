@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 import delta_mem as dm
 from delta_mem.backbones import MemoryCall
@@ -23,6 +24,7 @@ from delta_mem.training import (
     MemoryTrainer,
     MemoryTrainingArguments,
     last_checkpoint,
+    objectives,
 )
 from delta_mem.training.trainer import EpisodeModule
 from families import backbone
@@ -347,6 +349,28 @@ def test_questions_without_padding_need_no_mask(kind, objective, monkeypatch):
     close(without, both(batch | counts))
     assert all(mask is None for mask in masks_without) and len(masks_without) == len(masks)
     assert any(mask is not None for mask in masks)
+
+
+def test_whether_rows_are_packed_is_asked_by_others_only(monkeypatch):
+    model, rows = new_model(), episodes(2)
+    asked, ask = [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda x: asked.append(x) or ask(x))
+    for row in rows:
+        row["query_ids"], row["answer_ids"] = [row["query_ids"][0][:2]], [[7, 8, 9]]
+    objectives._answer_for_transformers.cache_clear()
+    try:
+        loss, _ = plain(write_chunk=8)(model, batch_of(rows))
+        loss.backward()
+        assert not asked
+        ids, places = torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[0, 1, 2, 0, 1]])
+        alone = model.backbone(ids[:, 3:]).logits
+        with objectives._not_packed(), ThreadPoolExecutor() as pool:
+            other = pool.submit(model.backbone, ids, position_ids=places, use_cache=False)
+            packed = other.result().logits
+        assert asked
+        close(packed[:, 3:], alone)
+    finally:
+        objectives._answer_for_transformers.cache_clear()
 
 
 def test_the_pull_on_the_gates_goes_to_the_target():

@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -32,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..memory import MemoryTrace
@@ -255,7 +258,8 @@ def _write_chunk(
     trace = MemoryTrace(measure_corrections=False)
     # No attention mask: padding comes last, where nobody attends to it, and it writes nothing. So attention
     # may take its fast causal path, and a row that has ended is not attention over nothing, which may be NaN.
-    model.write(memory, ids, None, segments, goes_on, writes, trace)
+    with _not_packed():
+        model.write(memory, ids, None, segments, goes_on, writes, trace)
     gates = _stack([gates.mean(-1) for gates in trace.gates.values()], trace.written.device)
     return memory, gates.masked_fill(~trace.written, 0).sum(2), trace.written.sum(1)
 
@@ -281,14 +285,9 @@ def _answer_logits(
     ids, labels, *segments = rows
     if segments:
         options |= {"segment_ids": segments[0], "write": writing(segments[0], model.delta_config.write)}
-    output = model(
-        ids,
-        mask,
-        use_cache=False,
-        **model.position_ids(mask),
-        **model.last_logit_only(answers + 1),
-        **options,
-    )
+    options |= {"use_cache": False, **model.position_ids(mask), **model.last_logit_only(answers + 1)}
+    with _not_packed():
+        output = model(ids, mask, **options)
     first = labels.shape[1] - answers
     return output.logits[:, -answers - 1 : -1].to(labels.device).float(), labels[:, first:]
 
@@ -305,6 +304,41 @@ def _keeping_activations(model: DeltaMemModel, count: int) -> Iterator[None]:
     finally:
         for layer in kept:
             layer.gradient_checkpointing = True
+
+
+class _Known(threading.local):
+    """`not_packed`: whether this thread knows that no row holds several sequences."""
+
+    not_packed = False
+
+
+_known = _Known()
+
+
+@contextlib.contextmanager
+def _not_packed() -> Iterator[None]:
+    """Within it, transformers does not ask the GPU whether rows hold several sequences, packed.
+
+    They do not. The answer waits for all that the GPU has still to do, and then the GPU for what is launched
+    next: some 5 % of a step. Other threads' questions are answered as ever.
+    """
+    _answer_for_transformers()
+    _known.not_packed = True
+    try:
+        yield
+    finally:
+        _known.not_packed = False
+
+
+@functools.cache
+def _answer_for_transformers() -> None:
+    ask = masking_utils.find_packed_sequence_indices
+
+    @functools.wraps(ask)
+    def answer(position_ids: Tensor) -> Tensor | None:
+        return None if _known.not_packed else ask(position_ids)
+
+    masking_utils.find_packed_sequence_indices = answer
 
 
 def counted(batch: Mapping[str, Tensor]) -> dict[str, int | bool]:
