@@ -461,3 +461,5 @@ def test_room_made_at_once_is_that_of_tensors_of_their_own(shape):
         assert x.shape == shape and x.is_contiguous() and x.data_ptr() % 16 == 0 and not x._is_view()
         x.fill_(number)
     assert [x.unique().tolist() for x in made] == [[n] for n in range(5)]
+    if made[0].nbytes % 16 == 0:
+        assert made[0].untyped_storage().nbytes() == 5 * made[0].nbytes

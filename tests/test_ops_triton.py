@@ -426,6 +426,26 @@ def test_writes_are_held_back_as_the_definition_says(tokens, batch, queries, wri
 
 
 @needs_kernels
+def test_a_number_that_is_not_finite_stays_in_its_segment(monkeypatch):
+    monkeypatch.setattr(backend, "SEGMENT_CHUNK", 16)
+    ids = torch.arange(40, device=DEVICE).unsqueeze(0) // 9
+    everyone, nobody = torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, dtype=torch.bool, device=DEVICE)
+    count = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    plan = ops.segments.plan(ids, everyone, everyone, count, count - 1, nobody)
+    z, open_sum = torch.ones(1, 40, 11, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
+    z[0, 13, 5], z[0, 20, 6] = float("nan"), float("inf")
+    inputs = z.requires_grad_(), open_sum.requires_grad_()
+    held, _, _ = backend.hold(*inputs, plan)
+    spoilt = [(place, column) for _, place, column in (~held.isfinite()).nonzero().tolist()]
+    assert spoilt == [(18, 5), (27, 6)]  # the ends of segments 1 and 2, behind the token that comes before
+    d_held = torch.ones_like(held)
+    d_held[0, 18, 5] = float("inf")
+    grad = torch.autograd.grad(held, inputs, d_held)[0]
+    spoilt = (~grad.isfinite()).nonzero().tolist()
+    assert spoilt == [[0, place, 5] for place in range(9, 18)]
+
+
+@needs_kernels
 @pytest.mark.parametrize("tokens, size, width", ((1, 5, 3), (70, 130, 8), (200, 256, 20), (129, 384, 64)))
 def test_an_output_is_corrected_as_the_definition_says(tokens, size, width, monkeypatch):
     random = torch.Generator().manual_seed(width)

@@ -248,9 +248,11 @@ class DeltaMemory(nn.Module):
 
     def write_gates(self, z: Tensor, open_sum: Tensor | None, plan: WritePlan) -> Tensor:
         """β float32 [batch, tokens, G] as `advance` writes with it; the arguments are the same."""
-        if plan.segments is not None:
-            z = ops.hold(z, open_sum, plan.segments)[0][:, 1:]
-        beta = z.narrow(-1, 3 * self.config.width, self.rule.sections["beta"])
+        start, size = 3 * self.config.width, self.rule.sections["beta"]
+        beta = z.narrow(-1, start, size)
+        if plan.segments is not None:  # of the sums, too, these columns are enough, which have no queries
+            open_beta = open_sum.narrow(-1, start - self.config.width, size)
+            beta = ops.hold(beta, open_beta, plan.segments)[0][:, 1:]
         return torch.sigmoid(beta + self.split_gate_bias()["beta"].float())
 
     def correct(self, head: str, reads: Tensor, output: Tensor, in_place: bool = False) -> Tensor:

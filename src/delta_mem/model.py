@@ -182,7 +182,7 @@ class DeltaMemModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Identifies the adapter: what a memory's `adapter` must be. See `checkpoint.fingerprint`."""
-        adapters = self._coupling.adapters.values()  # past nn.Module's slow walk: asked for every new memory
+        adapters = self.adapters.values()  # past nn.Module's slow walk: asked for every new memory
         source = [version(parameter) for adapter in adapters for parameter in adapter._parameters.values()]
         if self._fingerprint is None or self._fingerprint[0] != source:
             self._fingerprint = (source, checkpoint.fingerprint(self.delta_config, self.named_weights()))
@@ -230,7 +230,7 @@ class DeltaMemModel(nn.Module):
             made: dict[int, Tensor] = {}
             for device, layers in by_device.items():
                 made |= zip(layers, ops.alike(len(layers), (batch_size, *size), device), strict=True)
-            torch._foreach_zero_(list(made.values()))  # on a GPU one launch, not one for each
+            torch._foreach_zero_(list(made.values()))  # on one GPU one launch, not one for each
             return {index: made[index] for index in adapters}
 
         layers, open_segment = zeros(config.num_states, config.rank, config.rank), None
@@ -320,8 +320,8 @@ class DeltaMemModel(nn.Module):
         shape = self._check_inputs(input_ids, kwargs.get("inputs_embeds"))
         # On the CPU the embedding itself notices a wrong id. A GPU would not survive it, but asking costs a
         # stop, so its one-token steps are not asked, nor those of a training loop; generate asks its prompt.
-        on_cpu = input_ids is None or input_ids.device.type == "cpu"
-        if not on_cpu and shape[1] > 1 and not self.training:
+        on_gpu = input_ids is not None and input_ids.device.type != "cpu"
+        if on_gpu and shape[1] > 1 and not self.training:
             self._check_ids(input_ids)
         memory = self._blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])

@@ -4,9 +4,9 @@
 dense tensors, and hands them to a backend: one file per way to compute the same function.
 
 A layer calls what stands around it: `project` (its input to projections), `advance` (projections to reads,
-and the state after), `advance_segments` (under segment writes) and `read` (nothing is written). Where a
-compiled backend can do one of these in one go, and can be differentiated if gradients are wanted, it does.
-In decoding one token goes through all layers as a `Token`.
+and the state after), `advance_segments` (under segment writes), `read` (nothing is written) and `correct`
+(reads to a projection's output). Where a compiled backend can do one of these in one go, and can be
+differentiated if gradients are wanted, it does. In decoding one token goes through all layers as a `Token`.
 """
 
 from collections.abc import Callable

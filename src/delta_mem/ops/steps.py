@@ -202,7 +202,7 @@ def alike(count: int, shape: tuple[int, ...], device: torch.device) -> Sequence[
     Made at once, which is faster; to autograd they are tensors of their own, not views of one.
     """
     rows, *size = shape
-    apart = rows + -rows % (4 // math.gcd(4, *size))
+    apart = rows + -rows % (4 // math.gcd(4, math.prod(size)))
     made = torch.empty(count * apart, *size, dtype=torch.float32, device=device)
     if apart == rows:
         return made.unsafe_split(rows)

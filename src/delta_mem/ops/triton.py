@@ -2,11 +2,10 @@
 
 `delta_rule` is differentiable: two launches for each pass. `advance` is three launches from a layer's
 projections to its reads, and four and a sum back; `hold`, which goes before under segment writes, is two, and
-two back; a layer of a `Token` is one, or of many queries two, from
-the layer's input to the corrections of its projections. All may be captured in a CUDA graph; under
-torch.compile each is one operator of the graph, but a token's layer two: `step`, always two launches, which
-in a graph run beside what follows, and `settle`, which waits for them. `plan_segments` says where segments
-end, in one.
+two back, of few tokens one. A layer of a `Token` is one, or of many queries two, from the layer's input to
+the corrections of its projections. `plan_segments`, which says where segments end, is one. All may be
+captured in a CUDA graph; under torch.compile each is one operator of the graph, but a token's layer two:
+`step`, always two launches, which in a graph run beside what follows, and `settle`, which waits for them.
 
 Triton comes with PyTorch for CUDA. With TRITON_INTERPRET=1 in the environment before it is
 imported, the kernels run on the CPU, slowly: that is how they are tested without a GPU.
@@ -46,8 +45,8 @@ MAX_QUERIES = 2048
 # Queries up to which one launch does all of a layer of a `Token`.
 ONE_LAUNCH = 512
 
-# Outputs of a projection from which on its correction has a kernel of its own, and its most queries. It is as
-# fast as memory is; torch's product, made for more columns than eight, is not.
+# Outputs of a projection from which on its correction has a kernel of its own, which is as fast as the GPU's
+# memory; torch's product, made for more columns than a read's eight, is not. And the longest reads it takes.
 MANY_OUTPUTS, MAX_CORRECTION = 1 << 20, 64
 
 # Tokens whose segments' sums one program takes.
@@ -164,7 +163,7 @@ def correct(output: Tensor, reads: Tensor, weight: Tensor, scale: float) -> bool
         return False
     size, width = weight.shape
     tokens, padded = output.numel() // size, max(16, 1 << (width - 1).bit_length())
-    grid = _ceil(size, 128), _ceil(tokens, 64), 1
+    grid = _ceil(size, 128) * _ceil(tokens, 64), 1, 1
     _run(kernels.correct, grid, tensors, (tokens, scale), (width, size, padded, 64, 128), {"num_warps": 4})
     return True
 
@@ -285,7 +284,7 @@ def plan_segments(
     keep_open: Tensor | None,
     keep: bool,
 ) -> SegmentPlan | None:
-    """As `cpu.plan_segments`, in one launch: sixty operations take longer to start than layers to compute."""
+    """As `cpu.plan_segments`, in one launch: to start the definition's sixty operations takes a millisecond."""
     given = ids, writes, present, open_count, open_ids, keep_open
     there = [x for x in given if x is not None]
     if not usable(there, 0) or _transformed() or not plannable(shape, *given) or 0 in shape:
@@ -531,17 +530,17 @@ def _launch_backward(inputs: tuple, kept: Tensor, d_reads: Tensor, d_after: Tens
     return (*sums, *d_inputs), d_state
 
 
-def _hold_in_chunks(kernel, numbers: Tensor, planned: list[Tensor], given: tuple, results: tuple) -> None:
+def _hold_in_chunks(kernel, numbers: Tensor, planned: list[Tensor], given: Tensor, results: tuple) -> None:
     """Launches `kernels.hold`, or `kernels.hold_backward` over its gradients, and what goes before."""
     batch, tokens = planned[0].shape
-    features, written = numbers.shape[2], given[-1].shape[1]
+    features, written = numbers.shape[2], given.shape[1]
     back, chunks, block = kernel is kernels.hold_backward, _ceil(tokens, SEGMENT_CHUNK), 32
     sizes, constants = (tokens, chunks, features, features - written), (SEGMENT_CHUNK, block, back)
     grid, edges = (chunks, _ceil(features, block), batch), None
     if chunks > 1:
         edges = numbers.new_empty(batch, chunks, features)
         _run(kernels.edges, grid, (numbers, *planned, edges), sizes, constants, {"num_warps": 4})
-    _run(kernel, grid, (numbers, *planned, edges, *given, *results), sizes, constants, {"num_warps": 4})
+    _run(kernel, grid, (numbers, *planned, edges, given, *results), sizes, constants, {"num_warps": 4})
 
 
 def _activated(z: Tensor, gate_bias: Tensor, rule: Rule, writes: Tensor | None, mask: Tensor | None):
@@ -838,9 +837,8 @@ def _like_replay_and_keep(inputs, state):
 
 
 def _like_kept(tokens, state):
-    batch, states, rank, _ = state.shape
-    cut = _cut(int(batch), states, rank)
-    chunk = _chunk_of(int(tokens), int(batch), states, rank)
+    batch, states, rank, _ = map(int, state.shape)
+    cut, chunk = _cut(batch, states, rank), _chunk_of(int(tokens), batch, states, rank)
     return state.new_empty(_ceil(tokens, chunk), cut.blocks, rank, cut.width)
 
 
@@ -908,7 +906,7 @@ def _advance_backward(
 )
 def _hold(z, open_sum, planned):
     results = _like_held(z, open_sum)
-    _hold_in_chunks(kernels.hold, z, planned, (open_sum,), results)
+    _hold_in_chunks(kernels.hold, z, planned, open_sum, results)
     return results
 
 
@@ -924,7 +922,7 @@ def _like_held(z, open_sum):
 )
 def _hold_backward(d_held, d_open, planned):
     results = _like_unheld(d_held, d_open)
-    _hold_in_chunks(kernels.hold_backward, d_held, planned, (d_open,), results)
+    _hold_in_chunks(kernels.hold_backward, d_held, planned, d_open, results)
     return results
 
 

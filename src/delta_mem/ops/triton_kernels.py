@@ -1052,7 +1052,7 @@ def correct(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """output += scale * reads weightᵀ. Grid: (blocks of outputs, blocks of tokens).
+    """output += scale * reads weightᵀ. Grid: blocks of outputs, for each block of tokens.
 
     Args:
         output: [tokens, SIZE], float16 or bfloat16 as the other two.
@@ -1060,8 +1060,9 @@ def correct(
         weight: [SIZE, WIDTH].
         W: WIDTH, padded to a power of two that tensor cores take.
     """
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0) // blocks * TOKENS + tl.arange(0, TOKENS)
     i = tl.arange(0, W)
     known, inside, there = (token < tokens)[:, None], column < SIZE, i < WIDTH
     to = output + token[:, None].to(tl.int64) * SIZE + column[None, :]
@@ -1077,11 +1078,12 @@ def correct(
 # segment's end, goes to all of them: one sum, taken of what the tokens are (forward), or of what came to the
 # ends (BACK). In a chunk of tokens it is a product with the matrix that says who is of whose segment. Only at
 # a chunk's edge do segments go on: what chunks add to them, `edges` finds out before, for all chunks at once.
+# The three kernels take the same plan and constants, of which each uses what it needs.
 
 
 @triton.jit
-def _cells(tokens, chunks, features, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's chunk, its tokens [CHUNK] and those of all rows before, and columns [BLOCK] of z."""
+def _cells(CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's chunk and batch row, the chunk's tokens [CHUNK], and columns [BLOCK] of z."""
     chunk = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64)
     return chunk, row, chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -1118,10 +1120,14 @@ def _segment_sums(
     """The sum over the whole segment of each token [CHUNK, BLOCK], the chunks that it comes from included."""
     own = _summands(x, flags, counts, row, token, known, index, column, tokens, features, width, BACK)
     same = (index[:, None] == index[None, :]).to(tl.float32)
-    sums = tl.dot(same, own, input_precision="ieee")
+    # A product with zeros would bring NaN into other segments: what is not finite is looked for apart.
+    finite = tl.abs(own) < float("inf")
+    sums = tl.dot(same, tl.where(finite, own, 0.0), input_precision="ieee")
+    spoilt = tl.dot(same, tl.where(finite, 0.0, 1.0), input_precision="ieee")
+    sums = tl.where(spoilt > 0, float("nan"), sums)
     if edges is not None:
         index_of += row * tokens
-        inside = column < features
+        inside = (column >= width) & (column < features)
         # The segment that goes on beyond the chunk's edge, and the chunks beyond it.
         if BACK:
             beyond = tl.load(index_of + tl.minimum(chunk * CHUNK + CHUNK, tokens) - 1)
@@ -1129,7 +1135,7 @@ def _segment_sums(
             last = chunks
         else:
             beyond = tl.load(index_of + chunk * CHUNK)
-            first = chunk * 0
+            first = chunk * 0  # of the other branch's type
             last = chunk
         added = tl.zeros((column.shape[0],), tl.float32)
         for start in range(first, last, 32):
@@ -1154,7 +1160,7 @@ def edges(
         x: `hold`'s z, or if BACK the gradient of held. The plan is as there.
         results: [batch, chunks, features]; nothing is put into the queries.
     """
-    chunk, row, token, column = _cells(tokens, chunks, features, CHUNK, BLOCK)
+    chunk, row, token, column = _cells(CHUNK, BLOCK)
     known = token < tokens
     index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
     edge = chunk * CHUNK if BACK else tl.minimum(chunk * CHUNK + CHUNK, tokens) - 1
@@ -1183,7 +1189,7 @@ def hold(
         held, writes: [batch, 1 + tokens, features] and [batch, 1 + tokens].
         width: of the queries, which come first in z.
     """
-    chunk, row, token, column = _cells(tokens, chunks, features, CHUNK, BLOCK)
+    chunk, row, token, column = _cells(CHUNK, BLOCK)
     known = token < tokens
     inside = column < features
     written = inside & (column >= width)
@@ -1224,7 +1230,7 @@ def hold_backward(
     tokens, chunks, features, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `hold`'s z and open_sum, of those of held and open_after. Grid and shapes are its."""
-    chunk, row, token, column = _cells(tokens, chunks, features, CHUNK, BLOCK)
+    chunk, row, token, column = _cells(CHUNK, BLOCK)
     known = token < tokens
     inside = column < features
     written = inside & (column >= width)
@@ -1320,8 +1326,8 @@ def plan_segments(
         counted = written & (id_here >= 0)
         tl.store(index + at, here.to(tl.int64), mask=known)
         tl.store(member + at, counted, mask=known)
-        tl.atomic_add(counts + here, tl.full((BLOCK,), 1.0, tl.float32), mask=counted)
-        tl.atomic_max(final + here, token, mask=there)
+        tl.atomic_add(counts + here, tl.full((BLOCK,), 1.0, tl.float32), mask=counted, sem="relaxed")
+        tl.atomic_max(final + here, token, mask=there, sem="relaxed")
         writer = tl.maximum(writer, tl.max(tl.where(written, token, -1), 0))
         last = tl.max(here, 0)
     tl.debug_barrier()
