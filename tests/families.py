@@ -39,11 +39,23 @@ FAMILIES = {
     "gpt_neox": dict(head_dim=None, num_key_value_heads=None),
 }
 
+# Every second layer is linear attention with q, k and v projections of its own.
+HYBRID = dict(layer_types=["linear_attention", "full_attention"] * 2)
+HYBRIDS = {
+    "olmo_hybrid": dict(HYBRID, linear_key_head_dim=8, linear_value_head_dim=8),
+    "kimi_linear": dict(
+        HYBRID, head_dim=None, num_key_value_heads=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=12, linear_head_dim=12, linear_num_heads=4, num_local_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+    "minimax": dict(HYBRID, num_local_experts=4, block_size=8),
+}  # fmt: skip
+
 
 def backbone(family: str, seed: int = 0, **changes) -> torch.nn.Module:
     """A tiny model of the family with random weights, float32, in eval mode."""
     torch.manual_seed(seed)
-    settings = {**SIZES, **FAMILIES.get(family, {}), **changes}
+    settings = {**SIZES, **FAMILIES.get(family, {}), **HYBRIDS.get(family, {}), **changes}
     settings = {key: value for key, value in settings.items() if value is not None}
     config = CONFIG_MAPPING[family](**settings)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import delta_mem as dm
-from families import FAMILIES, backbone
+from families import FAMILIES, HYBRIDS, backbone
 
 IDS = torch.randint(3, 100, (3, 21), generator=torch.Generator().manual_seed(1))
 CONFIGS = {
@@ -12,7 +12,7 @@ CONFIGS = {
     "message": dm.DeltaMemConfig(heads=("q", "o"), write="message", init="random", init_gain=0.5),
 }
 
-pytestmark = pytest.mark.parametrize("family", FAMILIES)
+of_each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def logits(model, ids=IDS, **kwargs):
@@ -20,6 +20,7 @@ def logits(model, ids=IDS, **kwargs):
         return model(ids, **kwargs).logits
 
 
+@of_each_family
 def test_zero_corrections_are_bit_identical_and_random_ones_are_not(family):
     frozen = backbone(family)
     expected = logits(frozen)
@@ -33,6 +34,7 @@ def test_zero_corrections_are_bit_identical_and_random_ones_are_not(family):
         assert torch.equal(logits(model), expected)
 
 
+@of_each_family
 @pytest.mark.parametrize("head", ["q", "k", "v", "o"])
 def test_every_head_reaches_the_logits(family, head):
     model = dm.DeltaMemModel(backbone(family), dm.DeltaMemConfig(heads=(head,), init="random", init_gain=0.5))
@@ -42,6 +44,7 @@ def test_every_head_reaches_the_logits(family, head):
     assert (logits(model, memory=memory, write=False) - empty).abs().max() > 1e-3
 
 
+@of_each_family
 def test_detach_leaves_nothing_behind(family):
     frozen = backbone(family)
     expected, names = logits(frozen), dict(frozen.named_parameters()).keys()
@@ -58,6 +61,7 @@ def test_detach_leaves_nothing_behind(family):
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
+@of_each_family
 @pytest.mark.parametrize("write", CONFIGS)
 def test_a_left_padded_row_is_the_row_alone(family, write):
     model = dm.DeltaMemModel(backbone(family), CONFIGS[write])
@@ -79,6 +83,7 @@ def test_a_left_padded_row_is_the_row_alone(family, write):
         assert int(together.tokens_written[row]) == int(alone.tokens_written) == 21 - pad
 
 
+@of_each_family
 @pytest.mark.parametrize("write", CONFIGS)
 def test_generate_is_one_call_over_the_whole_sequence(family, write):
     model = dm.DeltaMemModel(backbone(family), CONFIGS[write])
@@ -104,6 +109,7 @@ WAYS = {
 }
 
 
+@of_each_family
 @pytest.mark.parametrize("heads", [("q", "k", "v", "o"), ("o",), ("k", "v")], ids="".join)
 @pytest.mark.parametrize("way", WAYS)
 def test_token_by_token_is_all_at_once(family, way, heads):
@@ -130,3 +136,60 @@ def test_token_by_token_is_all_at_once(family, way, heads):
     torch.testing.assert_close(torch.cat(found, 1), expected, **tolerance)
     for index, state in whole.layers.items():
         torch.testing.assert_close(one_by_one.layers[index], state, **tolerance)
+
+
+# ---- which projections are whose -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_linear_attention_layers_have_no_memory(family):
+    frozen = backbone(family)
+    expected = logits(frozen)
+    model = dm.DeltaMemModel(frozen, CONFIGS["message"])
+    assert list(model.adapters) == ["1", "3"]
+    for layer in frozen.model.layers[::2]:
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    memory = model.new_memory(3)
+    logits(model, IDS.flip(1), memory=memory)
+    assert memory.layers.keys() == {1, 3}
+    assert (logits(model, memory=memory) - expected).abs().max() > 1e-3
+    assert torch.equal(logits(model.detach()), expected)
+
+
+@pytest.mark.parametrize("head", ["q", "k", "v"])
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
+def test_a_correction_of_one_head_reaches_no_other(family, head):
+    if family == "kimi_linear" and head != "q":
+        pytest.skip("its keys and values come of one projection")
+    config = dm.DeltaMemConfig(heads=(head,), init="random", init_gain=0.5)
+    model = dm.DeltaMemModel(backbone(family), config)
+    memory = model.new_memory(3)
+    logits(model, IDS.flip(1), memory=memory)
+
+    def attend(memory):  # what the first layer with a memory keeps, and what comes of it
+        with torch.no_grad():
+            out = model(IDS, memory=memory, write=False, use_cache=True)
+        kept = out.past_key_values.layers[int(next(iter(model.adapters)))]
+        return {"k": kept.keys, "v": kept.values, "logits": out.logits}
+
+    plain, corrected = attend(model.new_memory(3)), attend(memory)
+    changed = {name for name in plain if not torch.equal(plain[name], corrected[name])}
+    assert changed == {"logits", head} - {"q"}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        # qkv_proj in another order than Phi-3's
+        ("codegen", dict(n_layer=2, n_head=4, n_embd=48, rotary_dim=8), "looked at: CodeGenAttention"),
+        # qkv_proj is no linear module
+        ("zaya", {}, "looked at: ZayaAttention"),
+        ("moshi", {}, r"MoshiAttention \(layer 0\): o_proj is no linear module \(MoshiLinear"),
+    ],
+    ids=("codegen", "zaya", "moshi"),
+)
+def test_projections_of_unknown_form_are_refused_by_name(family, changes, message):
+    frozen = backbone(family, **changes)
+    with pytest.raises(dm.UnsupportedBackboneError, match=message):
+        dm.DeltaMemModel(frozen)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in frozen.modules())

@@ -170,7 +170,11 @@ def _interleaved(position: int, head_dim: int, tensor: Tensor, dim: int) -> Tens
 
 
 def _slots(module: nn.Module, config) -> dict[str, Slot]:
-    """The slots of an attention module; empty if it is laid out in no known way."""
+    """The slots of an attention module; empty if it is laid out in no known way.
+
+    A packed projection is taken apart only for model types whose order of outputs is known: under the same
+    name and of the same size it differs from family to family.
+    """
     has = partial(_has_linear, module)
     out = next((name for name in ("o_proj", "dense", "out_proj") if has(name)), None)
     if out is None:
@@ -178,7 +182,7 @@ def _slots(module: nn.Module, config) -> dict[str, Slot]:
     slots = {"o": Slot(out, _whole)}
     if has("q_proj"):
         slots |= {head: Slot(f"{head}_proj", _whole) for head in "qkv" if has(f"{head}_proj")}
-    elif has("qkv_proj"):  # Phi-3: [all q, all k, all v]
+    elif has("qkv_proj") and config.model_type in ("phi3", "phi4_multimodal"):  # [all q, all k, all v]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         for head, start, length in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
@@ -203,7 +207,7 @@ def causal_lm(backbone: nn.Module) -> nn.Module:
 
 
 def find_attention_layers(backbone: nn.Module) -> dict[int, AttentionLayer]:
-    """The softmax-attention layers of a decoder, by index. Linear-attention layers are passed over.
+    """The attention layers of a decoder, by index, without those that its config calls linear attention.
 
     Raises:
         UnsupportedBackboneError: not a decoder, or none of its modules is laid out in a known way.
@@ -224,6 +228,9 @@ def find_attention_layers(backbone: nn.Module) -> dict[int, AttentionLayer]:
             f"{name} is an encoder-decoder model; delta-mem needs a decoder-only model."
         )
     config = config.get_text_config(decoder=True)
+    # By the config: many linear-attention modules have projections of the same names.
+    types = getattr(config, "layer_types", None) or ()
+    linear = {index for index, kind in enumerate(types) if kind == "linear_attention"}
     layers: dict[int, AttentionLayer] = {}
     looked_at = set()
     for module in model.modules():
@@ -231,7 +238,7 @@ def find_attention_layers(backbone: nn.Module) -> dict[int, AttentionLayer]:
         if not isinstance(index, int) or not any(True for _ in module.children()):
             continue
         looked_at.add(type(module).__name__)
-        slots = _slots(module, config)
+        slots = {} if index in linear else _slots(module, config)
         if not slots:
             continue
         if index in layers:
@@ -276,10 +283,19 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def head_sizes(layer: AttentionLayer) -> dict[str, tuple[int, int]]:
-    """{head: (inputs, outputs)} of the layer's projections."""
+    """{head: (inputs, outputs)} of the layer's projections.
+
+    Raises:
+        UnsupportedBackboneError: a projection does not tell its sizes as linear modules do.
+    """
     sizes = {}
     for head, slot in layer.slots.items():
         module = layer.module.get_submodule(slot.path)
+        if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+            raise UnsupportedBackboneError(
+                f"{type(layer.module).__name__} (layer {layer.index}): {slot.path} is no linear module "
+                f"({type(module).__name__} has no in_features and out_features)."
+            )
         out = torch.empty(module.out_features, device="meta")
         sizes[head] = (module.in_features, slot.view(out, 0).numel())
     return sizes
