@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from jinja2 import TemplateError
 
 import delta_mem as dm
 from delta_mem.segments import encode_messages
@@ -191,7 +192,16 @@ def test_a_busy_session_says_so(token_model):
     chat = session(token_model)
     stream = chat.stream(LINES[0])
     next(stream)
-    for call in (lambda: chat.send("hi"), chat.reset, chat.regenerate, chat.fork):
+    calls = (
+        lambda: chat.send("hi"),
+        lambda: next(chat.stream("hi")),
+        lambda: chat.add("user", "hi"),
+        lambda: chat.save("nowhere"),
+        chat.reset,
+        chat.regenerate,
+        chat.fork,
+    )
+    for call in calls:
         with pytest.raises(RuntimeError, match="busy"):
             call()
     stream.close()
@@ -286,6 +296,22 @@ def test_saving_leaves_files_that_are_not_its_own(token_model, tmp_path):
     assert own.exists() and len(os.listdir(tmp_path)) == 4
 
 
+def test_a_session_is_not_saved_onto_a_file(token_model, tmp_path):
+    file = tmp_path / "ada"
+    file.touch()
+    with pytest.raises(FileExistsError, match="^[^[].*ada is a file; name a folder"):
+        session(token_model).save(file)
+
+
+def test_a_saved_chat_brings_its_own(token_model, tmp_path):
+    session(token_model).save(tmp_path)
+    for own in (dict(memory=token_model.new_memory()), dict(window=2), dict(system="Be kind.")):
+        with pytest.raises(TypeError, match=f"a saved chat brings its own {next(iter(own))}; leave it out"):
+            dm.ChatSession.load(tmp_path, token_model, TOKENIZER, **own)
+    with pytest.raises(TypeError, match="got Qwen3ForCausalLM: give a backbone its adapter"):
+        dm.ChatSession.load(tmp_path, token_model.backbone, TOKENIZER)
+
+
 def test_a_broken_session_is_named(token_model, tmp_path):
     chat = session(token_model)
     chat.send(LINES[0])
@@ -336,6 +362,8 @@ def test_failures_leave_the_session_as_it_was(token_model, monkeypatch):
     for text in ("", "  \n"):
         with pytest.raises(ValueError, match="empty"):
             chat.send(text)
+        with pytest.raises(ValueError, match="empty"):
+            chat.stream(text)  # before a piece is asked for
     with pytest.raises(ValueError):
         chat.send("hello", no_such_option=1)
     with pytest.raises(ValueError):
@@ -382,13 +410,37 @@ def test_add_takes_in_without_replying(model):
         chat.regenerate()
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_system_roles_stay_in_the_context_and_are_not_written(role, model, monkeypatch):
+    chat = session(model, 1)
+    chat.add(role, "Be kind.")
+    chat.send(LINES[0])
+    written = chat.memory.tokens_written.tolist()
+    chat.add(role, "Be brief.")
+    assert chat.memory.tokens_written.tolist() == written
+    contexts, encode = [], chat._encode
+    monkeypatch.setattr(chat, "_encode", lambda *args: contexts.append(args[0]) or encode(*args))
+    chat.send(LINES[1])
+    (context,) = contexts
+    assert [message["content"] for message in context] == ["Be kind.", "Be brief.", LINES[1]]
+    chat.reset()
+    assert [message["content"] for message in chat.messages] == ["Be kind.", "Be brief."]
+
+
+def test_a_template_without_a_system_role_says_so_itself(token_model):
+    chat = session(token_model, tokenizer=tiny_tokenizer(STRICT))
+    with pytest.raises(TemplateError, match="roles must alternate"):
+        chat.add("system", "Be kind.")
+    assert chat.messages == []
+
+
 def test_a_template_that_wants_the_user_first(token_model):
     strict = tiny_tokenizer(STRICT)
     chat = session(token_model, 2, tokenizer=strict)
     for line in LINES:
         chat.send(line)
     assert len(chat.messages) == 6
-    with pytest.raises(Exception, match="roles must alternate"):
+    with pytest.raises(TemplateError, match="roles must alternate"):
         chat.add("tool", "42")
     assert len(chat.messages) == 6
 
@@ -413,3 +465,18 @@ def test_refused(token_model, arguments, message):
         dm.ChatSession(token_model, TOKENIZER, **arguments)
     with pytest.raises(ValueError, match="chat template"):
         dm.ChatSession(token_model, tiny_tokenizer(None))
+
+
+def test_what_is_no_memory_or_no_model_is_refused_at_once(token_model):
+    other = dm.DeltaMemModel(backbone("qwen3", seed=9, vocab_size=400), CONFIGS["token"])
+    with pytest.raises(dm.IncompatibleMemoryError, match="another adapter"):
+        dm.ChatSession(token_model, TOKENIZER, memory=other.new_memory())
+    with pytest.raises(TypeError, match="memory must be a MemoryState, got str"):
+        dm.ChatSession(token_model, TOKENIZER, memory="ada.safetensors")
+    with pytest.raises(TypeError, match="got Qwen3ForCausalLM: give a backbone its adapter"):
+        dm.ChatSession(token_model.backbone, TOKENIZER)
+
+
+def test_a_compiled_model_will_do(token_model):
+    compiled = torch.compile(token_model, backend="eager")
+    assert session(compiled).send(LINES[0]) == session(token_model).send(LINES[0])

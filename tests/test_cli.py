@@ -206,7 +206,24 @@ def test_another_chat_is_not_replaced_unasked(chat, tmp_path):
 def test_leaving_from_a_fork_saves_the_original(chat, tmp_path):
     result = chat("One.", "/fork", "Two.", options=("--session", tmp_path / "chat"), run=run)
     assert len(json.loads((tmp_path / "chat" / "session.json").read_text())["messages"]) == 2
-    assert "The fork is gone" in result.stderr
+    assert "The copy is gone" in result.stderr
+
+
+def test_leaving_from_a_loaded_chat_saves_the_original(chat, tmp_path):
+    def messages(folder):
+        return json.loads((folder / "session.json").read_text())["messages"]
+
+    ada, other = tmp_path / "ada", tmp_path / "other"
+    chat("Other.", f"/save {other}")
+    options = ("--session", ada)
+    result = chat("One.", f"/load {other}", "Two.", f"/save {ada}", options=options, run=run)
+    assert "the original is saved to" in result.stderr and "The copy is gone" in result.stderr
+    assert [message["content"] for message in messages(ada)[::2]] == ["One."]
+    assert len(messages(other)) == 2
+    # What is the copy's to replace is not the original's, and the way back leads to where one was.
+    result = chat(f"/load {other}", "/back", f"/save {other}", "Three.", options=options, run=run)
+    assert f"{other} holds another chat" in result.stderr and "The copy" not in result.stderr
+    assert [message["content"] for message in messages(ada)[::2]] == ["One.", "Three."]
 
 
 def test_regenerate_takes_the_reply_back(talk, capsys):
@@ -259,6 +276,12 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_chat(talk, session, monkeypatch, c
     assert len(tiny_tokenizer()(session.messages[1]["content"]).input_ids) < 100
     session.send("Go on.", max_new_tokens=3)
     assert len(session.messages) == 4
+
+
+def test_system_prompts_are_not_counted_in_the_window(talk, session, capsys):
+    session.add("developer", "Be brief.")
+    talk("One.", "/memory")
+    assert "1 of 2 messages beside the next one" in capsys.readouterr().out
 
 
 def test_forget_asks_first(talk, session, capsys):
@@ -416,7 +439,7 @@ def test_info_of_an_empty_memory_and_of_an_open_segment(tmp_path):
     model(torch.tensor([[5, 6, 7]]), memory=memory, keep_segment_open=True)
     memory.save(tmp_path / "open.safetensors")
     assert facts(tmp_path / "open.safetensors")["rows"][0]["open_segment_tokens"] == 3
-    assert "3 tokens not written yet" in told("info", tmp_path / "open.safetensors")
+    assert "3 of them not written yet" in told("info", tmp_path / "open.safetensors")
 
 
 @pytest.mark.parametrize(

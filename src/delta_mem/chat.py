@@ -5,7 +5,7 @@
     for piece in chat.stream("Where does my sister live?"):
         print(piece, end="")
 
-The context holds the system prompt and the last `window` messages. Every message's own tokens are written
+The context holds the system prompts and the last `window` messages. Every message's own tokens are written
 into the memory exactly once, when the message is new; when they are read again as part of the context, they
 are only read. System prompts and the chat template's glue are never written. A reply is written token by
 token while it is generated, and its last token, which `generate` leaves unfed, right after.
@@ -37,7 +37,7 @@ from transformers.generation.streamers import TextStreamer
 from .errors import AdapterFormatError
 from .files import check_header, read_json, write_together
 from .model import DeltaMemModel
-from .segments import Encoded, encode_messages
+from .segments import SYSTEM_ROLES, Encoded, encode_messages
 from .state import MemoryState
 
 # Keywords of generate that would make a turn something else than one reply to these messages.
@@ -59,7 +59,8 @@ class ChatSession:
         model: the model; any number of sessions may share it, in any number of threads.
         tokenizer: a tokenizer with a chat template.
         memory: what the session remembers, batch size 1, advanced in place; None: an empty one.
-        window: messages kept in the context, the new one included (at least 1); None: all of them.
+        window: messages kept in the context, the new one included (at least 1), system prompts not counted;
+            None: all of them.
         system: a system prompt; always in the context, never written.
         generate_kwargs: defaults for every reply, such as `max_new_tokens` (512 unless said), `do_sample`.
 
@@ -69,7 +70,9 @@ class ChatSession:
         window: may be changed at any time.
 
     Raises:
+        TypeError: a model that is no DeltaMemModel, or a memory that is no MemoryState.
         ValueError: no chat template, a memory of more than one row, or a window below 1.
+        IncompatibleMemoryError: a memory of another adapter.
     """
 
     def __init__(
@@ -81,13 +84,15 @@ class ChatSession:
         system: str | None = None,
         **generate_kwargs: Any,
     ):
+        _check_model(model)
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template.")
         memory = model.new_memory() if memory is None else memory
-        if memory.batch_size != 1:
+        if isinstance(memory, MemoryState) and memory.batch_size != 1:
             raise ValueError(
                 f"a chat has a memory of one row, this one has {memory.batch_size}: pass memory[i]."
             )
+        model.check_memory(memory, 1)
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
         self.window = window
         self.messages = [] if system is None else [{"role": "system", "content": system}]
@@ -116,7 +121,11 @@ class ChatSession:
             generate_kwargs: any of `generate`'s, for this reply only.
 
         Raises:
-            ValueError: an empty message, or one that the chat template does not take.
+            ValueError: an empty message, one whose content the chat template leaves out, or an option that
+                the chat decides itself or `generate` does not know.
+            jinja2.TemplateError: the chat template refuses the conversation.
+            IncompatibleMemoryError: the model's adapter has changed since the memory was written.
+            RuntimeError: the session is busy with another call.
         """
         with self._alone():
             return self._reply(_user_message(text), generate_kwargs)
@@ -126,15 +135,24 @@ class ChatSession:
 
         Closing the iterator early (`break`, Ctrl-C) stops the model after the token it is at. What was
         said until then stays, as the reply in `messages` and in the memory.
+
+        Raises:
+            ValueError: an empty message. All else that `send` raises comes with the first piece.
         """
-        message = _user_message(text)
-        with self._alone():
-            yield from self._stream(message, generate_kwargs)
+        return self._stream(_user_message(text), generate_kwargs)
 
     def add(self, role: str, content: str) -> None:
         """Takes in a message without replying: a transcript's line, a document, a tool's result.
 
-        It is read with the context of its turn, and written into the memory.
+        It is read with the context of its turn, and written into the memory. One of a system role ("system",
+        "developer") is not written: it stays in the context.
+
+        Raises:
+            TypeError: a content that is neither a string nor None.
+            ValueError: a content that the chat template leaves out.
+            jinja2.TemplateError: the chat template refuses it, as some refuse a system role in the middle.
+            IncompatibleMemoryError: the model's adapter has changed since the memory was written.
+            RuntimeError: the session is busy with another call.
         """
         with self._alone():
             message = {"role": role, "content": content}
@@ -144,7 +162,8 @@ class ChatSession:
         """Takes the last reply back, out of the memory too, and replies anew.
 
         Raises:
-            ValueError: there is no reply to take back, or something else was written since.
+            ValueError: there is no reply to take back, or something else was written since; and all that
+                `send` raises.
         """
         with self._alone():
             if self._before is None:
@@ -159,14 +178,23 @@ class ChatSession:
             return reply
 
     def reset(self) -> None:
-        """Forgets the conversation and the memory; the system prompt stays."""
+        """Forgets the conversation and the memory; system prompts stay.
+
+        Raises:
+            RuntimeError: the session is busy with another call.
+        """
         with self._alone():
             memory = self.memory.fork()
             memory.reset()
-            self._commit(memory, [m for m in self.messages[:1] if m["role"] == "system"], None)
+            self._commit(memory, [m for m in self.messages if m["role"] in SYSTEM_ROLES], None)
 
     def fork(self) -> ChatSession:
-        """An independent session with the same past."""
+        """An independent session with the same past.
+
+        Raises:
+            IncompatibleMemoryError: the model's adapter has changed since the memory was written.
+            RuntimeError: the session is busy with another call.
+        """
         with self._alone():
             other = ChatSession(self.model, self.tokenizer, self.memory.fork(), self.window)
             other.generate_kwargs = dict(self.generate_kwargs)
@@ -179,9 +207,17 @@ class ChatSession:
     # ---- files -----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
-        """Saves messages and memory to a folder. `session.json` is replaced last: a crash loses nothing."""
+        """Saves messages and memory to a folder. `session.json` is replaced last: a crash loses nothing.
+
+        Raises:
+            FileExistsError: `path` is a file.
+            ValueError: the memory holds NaN or infinity.
+            RuntimeError: the session is busy with another call.
+        """
         with self._alone():
             folder = Path(path)
+            if folder.is_file():
+                raise FileExistsError(f"{folder} is a file; name a folder.")
             folder.mkdir(parents=True, exist_ok=True)
             memories = {"memory": self.memory}
             if self._before is not None:
@@ -214,10 +250,16 @@ class ChatSession:
         """A session that `save` saved, to go on with.
 
         Raises:
+            TypeError: a model that is no DeltaMemModel; or a memory, a window or a system prompt is given.
+            ValueError: no chat template.
             FileNotFoundError: no session there.
             AdapterFormatError: a broken file; file and field are named.
             IncompatibleMemoryError: its memory was written by another adapter.
         """
+        _check_model(model)
+        taken = sorted({"memory", "window", "system"}.intersection(generate_kwargs))
+        if taken:
+            raise TypeError(f"a saved chat brings its own {', '.join(taken)}; leave it out.")
         folder, values = Path(path), read_session(path)
 
         def memory(name):
@@ -291,15 +333,15 @@ class ChatSession:
         self, messages: list[dict], first_new: int, add_generation_prompt: bool
     ) -> tuple[list[int], list[bool], list[int]]:
         """ids, which of them to write, and their segments, of what the model is to see."""
-        system = [i for i, message in enumerate(messages[:1]) if message["role"] == "system"]
-        turns = range(len(system), len(messages))
-        kept = [*system, *turns[-self.window if self.window else 0 :]]
+        system = [i for i, message in enumerate(messages) if message["role"] in SYSTEM_ROLES]
+        turns = [i for i in range(len(messages)) if i not in system][-self.window if self.window else 0 :]
+        kept = sorted([*system, *turns])
         try:
             encoded = self._encode([messages[i] for i in kept], add_generation_prompt)
         except TemplateError:
             # Some templates want a conversation to begin with the user.
-            head = kept[len(system)]
-            if messages[head]["role"] != "assistant" or head >= first_new:
+            head = turns[0] if turns else first_new
+            if head >= first_new or messages[head]["role"] != "assistant":
                 raise
             kept.remove(head)
             encoded = self._encode([messages[i] for i in kept], add_generation_prompt)
@@ -361,18 +403,19 @@ class ChatSession:
                 pieces.queue.put(None)
 
         thread = threading.Thread(target=run, name="delta-mem-stream", daemon=True)
-        thread.start()
-        try:
-            while (piece := pieces.queue.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            stop.now = True
-            while thread.is_alive():
-                # A second Ctrl-C must not leave the session while its turn is still being written.
-                with contextlib.suppress(KeyboardInterrupt):
-                    thread.join()
+        with self._alone():
+            thread.start()
+            try:
+                while (piece := pieces.queue.get()) is not None:
+                    if isinstance(piece, BaseException):
+                        raise piece
+                    yield piece
+            finally:
+                stop.now = True
+                while thread.is_alive():
+                    # A second Ctrl-C must not leave the session while its turn is still being written.
+                    with contextlib.suppress(KeyboardInterrupt):
+                        thread.join()
 
     def _alone(self) -> _Alone:
         return _Alone(self._busy)
@@ -468,6 +511,14 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
+
+
+def _check_model(model: Any) -> None:
+    if not hasattr(model, "check_memory"):  # what torch.compile returns is no DeltaMemModel, and will do
+        raise TypeError(
+            f"model must be a DeltaMemModel, got {type(model).__name__}: give a backbone its adapter with "
+            "DeltaMemModel.from_pretrained(backbone, adapter)."
+        )
 
 
 def _user_message(text: str) -> dict[str, str]:

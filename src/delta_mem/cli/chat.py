@@ -88,7 +88,8 @@ def chat(
     dtype: Annotated[
         Dtype,
         typer.Option(
-            metavar="NAME", help="The backbone's: float32, bfloat16, float16; auto: as it was saved."
+            metavar="NAME",
+            help="The backbone's: float32, bfloat16, float16; auto: as saved (offline: float32).",
         ),
     ] = Dtype.auto,
     max_new_tokens: Annotated[
@@ -116,7 +117,7 @@ def chat(
         options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with user_errors():
         messages = None if window is None else parse_window(window)
-        own = {Path(folder).name: folder for folder in find_model(model, dtype)[1]}
+        own = find_model(model, dtype)[1]
         adapter = own.get(adapter, adapter) if adapter else next(iter(own.values()), None)
         with _loading(model):
             resume = session is not None and _holds_chat(session)
@@ -154,9 +155,9 @@ def chat(
         if session is not None:
             with user_errors():
                 conversation.sessions[0].save(session)
-            fork = " The fork is gone with this; /save keeps one." if len(conversation.sessions) > 1 else ""
+            copy = " The copy is gone with this; /save keeps one." if len(conversation.sessions) > 1 else ""
             err.print(
-                f"Saved {session}: {_told(conversation.sessions[0])}.{fork}", markup=False, soft_wrap=True
+                f"Saved {session}: {_told(conversation.sessions[0])}.{copy}", markup=False, soft_wrap=True
             )
     if conversation.failed and not conversation.interactive:
         raise typer.Exit(1)
@@ -211,7 +212,7 @@ COMMANDS = {
     "memory": ("", "what the memory holds, and what is in the context"),
     "forget": ("", "empty the memory and the conversation"),
     "save": ("DIR", "save the chat to a folder"),
-    "load": ("DIR", "go on with a saved chat instead of this one"),
+    "load": ("DIR", "go on in a copy of a saved chat; the original stays as it is"),
     "fork": ("", "go on in a copy; the original stays as it is"),
     "back": ("", "leave the copy and return to the original"),
     "window": ("N|all", "keep N messages in the context, or all"),
@@ -228,9 +229,10 @@ class Conversation:
         session: what to talk to.
         load: opens a saved chat.
         interactive: there is a person at a terminal.
+        folder: where the original is saved on leaving, if anywhere.
 
     Attributes:
-        sessions: the original, then forks of forks; the last one is talked to.
+        sessions: the original, then copies: forks and loaded chats; the last one is talked to.
         failed: a line could not be done.
     """
 
@@ -242,7 +244,8 @@ class Conversation:
         folder: Path | None = None,
     ):
         self.sessions = [session]
-        self.own = set() if folder is None else {folder.resolve()}  # folders that may be saved to unasked
+        self.folder = None if folder is None else folder.resolve()
+        self.own = {(session, self.folder)}  # folders that a session may be saved to unasked
         self.load = load
         self.interactive = interactive
         self.failed = False
@@ -285,7 +288,7 @@ class Conversation:
             import readline  # noqa: F401
         while True:
             try:
-                yield input("fork> " if len(self.sessions) > 1 else "> ")
+                yield input("copy> " if len(self.sessions) > 1 else "> ")
             except EOFError:
                 print()
                 return
@@ -320,8 +323,10 @@ class Conversation:
         getattr(self, f"_{name}")(*([argument] if wanted else []))
 
     def _memory(self) -> None:
+        from ..segments import SYSTEM_ROLES
+
         session, memory = self.session, self.session.memory
-        turns = [message for message in session.messages if message["role"] != "system"]
+        turns = [message for message in session.messages if message["role"] not in SYSTEM_ROLES]
         kept = turns if session.window is None else turns[len(turns) - min(len(turns), session.window - 1) :]
         out.print(
             facts_table(
@@ -345,28 +350,34 @@ class Conversation:
 
     def _save(self, folder: str) -> None:
         place = Path(folder).resolve()
-        if _holds_chat(place) and place not in self.own:
+        if place == self.folder and self.session is not self.sessions[0]:
+            raise ValueError(f"the original is saved to {folder} on leaving; name another folder.")
+        if _holds_chat(place) and (self.session, place) not in self.own:
             if not self.interactive:
                 raise ValueError(f"{folder} holds another chat; name another folder.")
             if not _agrees(f"{folder} holds another chat. Replace it? [y/N] "):
                 out.print("Nothing is saved.")
                 return
         self.session.save(folder)
-        self.own.add(place)
+        self.own.add((self.session, place))
         out.print(f"Saved to {folder}: {_told(self.session)}.", markup=False, soft_wrap=True)
 
     def _load(self, folder: str) -> None:
-        self.sessions[-1] = self.load(folder)
-        self.own.add(Path(folder).resolve())
-        out.print(f"Loaded {folder}: {_told(self.session)}.", markup=False, soft_wrap=True)
+        copy = self.load(folder)
+        out.print(f"Loaded {folder}: {_told(copy)}.", markup=False, soft_wrap=True)
+        self._enter(copy)
+        self.own.add((copy, Path(folder).resolve()))
 
     def _fork(self) -> None:
-        self.sessions.append(self.session.fork())
+        self._enter(self.session.fork())
+
+    def _enter(self, copy: ChatSession) -> None:
+        self.sessions.append(copy)
         out.print("You are in a copy: /back drops it and returns, /save DIR keeps it.")
 
     def _back(self) -> None:
         if len(self.sessions) == 1:
-            raise ValueError("this is the original; /fork makes a copy.")
+            raise ValueError("this is the original; /fork and /load make copies.")
         self.sessions.pop()
         where = "the original" if len(self.sessions) == 1 else "the copy before"
         out.print(f"Back in {where}: {_told(self.session)}.")

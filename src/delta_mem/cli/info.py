@@ -310,8 +310,8 @@ def _show_memory(facts: dict[str, Any], titled: bool = True) -> None:
                 "adapter": facts["adapter"] or "not recorded (it was in training)",
                 "created": _date(facts["created"]),
                 "saved": _date(facts["saved"]),
-                "tokens written": listed if len(rows) == 1 else f"{listed} ({len(rows)} rows)",
-                "open segment": f"{sum(waiting):,} tokens not written yet" if any(waiting) else None,
+                "tokens taken in": listed if len(rows) == 1 else f"{listed} ({len(rows)} rows)",
+                "open segment": f"{sum(waiting):,} of them not written yet" if any(waiting) else None,
                 "states": f"{shape} in {plural(len(facts['layers']), 'layer')}, {size(facts['bytes'])}",
                 "file": size(facts["file_bytes"]),
             }
