@@ -288,12 +288,14 @@ def test_a_run_stopped_at_once_says_what_is_left(train, tmp_path, monkeypatch, s
         assert f"without saving; {tmp_path / 'run' / 'checkpoint-2'} is left. Go on with: delta-mem" in last
 
 
-def test_going_on_with_other_data_is_told(train, files, tmp_path):
+def test_going_on_with_other_settings_is_told(train, files, tmp_path):
     done(train("--steps", 1))
     shutil.copy(files / "train.jsonl", files / "other.jsonl")
-    again = done(train("--steps", 2, "--resume", data="other.jsonl"))
-    assert f"was trained on {files / 'train.jsonl'} so far, and goes on with" in again.stderr
-    assert "so far" not in done(train("--steps", 3, "--resume", data="other.jsonl")).stderr
+    other = "--resume", "--seed", 5, "--save-every", 3
+    again = done(train("--steps", 2, *other, data="other.jsonl")).stderr
+    assert f"--data {files / 'other.jsonl'}, so far {files / 'train.jsonl'}" in again
+    assert "--seed 5, so far 42" in again and "save-every" not in again
+    assert "so far" not in done(train("--steps", 3, *other, data="other.jsonl")).stderr
 
 
 def test_an_output_folder_is_not_written_over(train, tmp_path):

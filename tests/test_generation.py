@@ -341,6 +341,9 @@ def test_refusals_and_failures_change_nothing(token_model):
         token_model.generate(torch.full((2, 3), 100), memory=memory)
     with pytest.raises(dm.IncompatibleMemoryError, match="row"):
         token_model.generate(IDS, memory=token_model.new_memory(3))
+    for mask in (torch.ones(2, 3), torch.ones(5, IDS.shape[1])):
+        with pytest.raises(ValueError, match=r"attention_mask must be \[batch, \(past \+\) tokens\]"):
+            token_model.generate(IDS, memory=memory, attention_mask=mask)
     with token_model.disable_adapter():
         token_model.generate(IDS, memory=memory, max_new_tokens=2, pad_token_id=0)
     same_memory(memory, before, atol=0)

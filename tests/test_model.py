@@ -172,6 +172,22 @@ def test_the_backbone_is_frozen_and_the_adapter_is_not():
     assert all(p.dtype == torch.float32 for p in model.adapters.parameters())
 
 
+def test_the_backbone_keeps_its_modules_modes():
+    base = backbone("qwen3").eval()
+    base.model.layers[0].train()
+    modes = [module.training for module in base.modules()]
+    model = dm.DeltaMemModel(base, dm.DeltaMemConfig())
+    assert not model.training and not any(adapter.training for adapter in model.adapters.values())
+    assert [module.training for module in model.detach().modules()] == modes
+
+
+def test_arguments_of_the_wrong_type_are_refused():
+    with pytest.raises(TypeError, match="config must be a DeltaMemConfig, got dict"):
+        dm.DeltaMemModel(backbone("qwen3"), {"rank": 4})
+    with pytest.raises(ValueError, match="batch_size must be an integer"):
+        dm.DeltaMemModel(backbone("qwen3")).new_memory(True)
+
+
 def test_only_the_layers_asked_for():
     model = dm.DeltaMemModel(backbone("llama"), dm.DeltaMemConfig(layers=(1, 3)))
     assert list(model.adapters) == ["1", "3"] and list(model.new_memory().layers) == [1, 3]

@@ -293,7 +293,7 @@ def test_placed_where_the_model_is(model, memory):
         other.place(memory)
 
 
-def test_an_adapter_cast_to_half_precision_knows_its_memories(model):
+def test_an_adapter_cast_to_bfloat16_knows_its_memories(model):
     import copy
 
     half = copy.deepcopy(model)
@@ -307,3 +307,11 @@ def test_a_memory_of_a_model_in_training_carries_no_fingerprint(model):
     model.eval()
     assert memory.adapter is None
     model.write(memory, IDS[:1])
+
+
+def test_a_memory_written_in_training_loses_its_fingerprint(model):
+    kept, written = model.new_memory(), model.new_memory()
+    model.train()
+    model.write(kept, IDS[:1], write=False)
+    model.write(written, IDS[:1])
+    assert kept.adapter == model.fingerprint() and written.adapter is None

@@ -278,7 +278,7 @@ def test_a_file_is_tokenized_once(write_file, encodings, tmp_path):
     tokenizer("Any text.", truncation=True, max_length=2)  # leaves a trace in the tokenizer
     moved = tmp_path / "moved.jsonl"
     (tmp_path / "train.jsonl").rename(moved)
-    assert rows(load_episodes([moved], tiny_tokenizer())) == first
+    assert rows(load_episodes(moved, tiny_tokenizer())) == first
     assert len(encodings) == 2
 
 

@@ -74,8 +74,8 @@ class Adapter:
 def fingerprint(config: DeltaMemConfig, weights: Mapping[str, Tensor]) -> str:
     """Identifies an adapter: a SHA-256 of its weights and of the settings that shape what they do.
 
-    Weights are rounded to bfloat16 first, so that an adapter cast to half precision still knows the
-    memories it wrote.
+    Weights are rounded to bfloat16 first, so that an adapter that was cast to it still knows the memories it
+    wrote. (To float16 it is another.)
     """
     settings = {k: v for k, v in config.to_dict().items() if k not in ("init", "init_gain", "gate_bias")}
     digest = checksum({name: tensor.to(torch.bfloat16) for name, tensor in weights.items()})

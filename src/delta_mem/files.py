@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole, headers that say what they are, checksums that notice a changed byte."""
+"""Files that a crash leaves whole, headers that say what they are, checksums that notice a changed tensor."""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ class DeltaMemModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, config: DeltaMemConfig | None = None, *, initialise: bool = True):
         super().__init__()
-        config = config or DeltaMemConfig()
+        config = DeltaMemConfig() if config is None else config
+        if not isinstance(config, DeltaMemConfig):
+            raise TypeError(f"config must be a DeltaMemConfig, got {type(config).__name__}.")
         if isinstance(backbone, DeltaMemModel):
             raise ValueError("this is a model with a memory already; pass its backbone, detached.")
         found = find_attention_layers(backbone)
@@ -94,7 +96,9 @@ class DeltaMemModel(nn.Module):
             adapter.register_load_state_dict_post_hook(self.forget_fingerprint)
         self._coupling = Coupling(found, adapters, config.heads)
         self.backbone = backbone
-        self.train(backbone.training)
+        self.training = backbone.training  # not train(), which would change modules of the backbone
+        self.adapters.train(backbone.training)
+        self.forget_fingerprint()
         self._disabled: list[None] = []
         self._attached = True
         self._was_trainable = [p for p in backbone.parameters() if p.requires_grad]
@@ -213,7 +217,7 @@ class DeltaMemModel(nn.Module):
         Its `adapter` is this adapter's fingerprint; None while the model is in training mode, for then
         the weights are about to change.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         memory = self._blank_memory(batch_size)
         memory.adapter = None if self.training else self.fingerprint()
@@ -277,6 +281,12 @@ class DeltaMemModel(nn.Module):
             torch.zeros_like(segment.count),
             torch.full_like(segment.ids, -1),
         )
+        self._stamp(memory)
+
+    def _stamp(self, memory: MemoryState) -> None:
+        """After a write: by weights that are about to change it is by no adapter in particular."""
+        if self.training:
+            memory.adapter = None
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -311,8 +321,8 @@ class DeltaMemModel(nn.Module):
 
         Raises:
             IncompatibleMemoryError: a memory of another adapter, batch size or device.
-            ValueError: empty input, ids beyond the vocabulary, or masks of the wrong shape. The memory
-                is then as it was.
+            ValueError: empty input, ids beyond the vocabulary (on a GPU not of one token, nor in training,
+                where to look would cost a stop), or masks of the wrong shape. The memory is then as it was.
         """
         if self._disabled:
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -349,6 +359,8 @@ class DeltaMemModel(nn.Module):
         finally:
             forget_reading()
         call.commit()
+        if write is not False:
+            self._stamp(memory)
         return output
 
     def write(
@@ -443,6 +455,7 @@ class DeltaMemModel(nn.Module):
         memory = self._blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
         device = memory.tokens_written.device
+        _read_mask(kwargs.get("attention_mask"), shape, device, None)  # for its errors
         output, after = generation.generate(
             self.backbone,
             self._coupling,
@@ -455,6 +468,8 @@ class DeltaMemModel(nn.Module):
         if not keep_segment_open and write is not False:
             self.close_segment(after)
         memory.assign(after)
+        if write is not False:
+            self._stamp(memory)
         return output
 
     # ---- on and off ------------------------------------------------------------------------------
@@ -523,6 +538,7 @@ class DeltaMemModel(nn.Module):
 
         Raises:
             IncompatibleMemoryError: it cannot; the message says why.
+            TypeError: it is no memory.
         """
         if torch.compiler.is_compiling():
             return

@@ -59,7 +59,8 @@ class MemoryState:
 
     Attributes:
         layers: {layer index: float32 tensor [batch, num_states, rank, rank]}.
-        tokens_written: int64 [batch]: tokens written since the memory was new.
+        tokens_written: int64 [batch]: tokens taken in since the memory was new, those that wait in an open
+            segment included.
         open_segment: the segments still open, or None for an adapter that writes token by token.
         adapter: fingerprint of the adapter that writes this memory; None if it was in training.
         backbone: name of the backbone, for the record.
@@ -229,7 +230,7 @@ class MemoryState:
 
         Raises:
             FileNotFoundError: no such file.
-            AdapterFormatError: broken, tampered with, or not a memory; file and field are named.
+            AdapterFormatError: broken, its tensors changed, or not a memory; file and field are named.
         """
         with open(path, "rb") as file:
             return MemoryState.from_bytes(file.read(), device, name=os.fspath(path))
@@ -276,7 +277,7 @@ class MemoryState:
         """The memory that `to_bytes` made. `name` is what errors call it.
 
         Raises:
-            AdapterFormatError: broken, tampered with, or not a memory; `name` and field are named.
+            AdapterFormatError: broken, its tensors changed, or not a memory; `name` and field are named.
         """
         data = bytes(data)
         try:

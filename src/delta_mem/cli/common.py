@@ -178,15 +178,15 @@ def _finite(value: float | None) -> bool:
 # ---- loading ---------------------------------------------------------------------------------------
 
 
-def find_model(name: str, dtype: Dtype) -> tuple[str, list[str], Dtype]:
-    """Where a backbone is (a folder or a hub id), the adapters that come with it, and its dtype."""
+def find_model(name: str, dtype: Dtype) -> tuple[str, dict[str, str], Dtype]:
+    """Where a backbone is (a folder or a hub id), {name: folder} of adapters that come with it, its dtype."""
     if name != OFFLINE or Path(name).exists():
-        return name, [], dtype
+        return name, {}, dtype
     from ..offline import ADAPTERS, FOLDER
 
     if dtype is Dtype.auto:
         dtype = Dtype.float32  # it is saved in half of that, to be small
-    return str(FOLDER / "backbone"), [str(FOLDER / adapter) for adapter in ADAPTERS], dtype
+    return str(FOLDER / "backbone"), {adapter: str(FOLDER / adapter) for adapter in ADAPTERS}, dtype
 
 
 def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:

@@ -77,7 +77,8 @@ def evaluate(
             "--adapter",
             "-a",
             metavar="[LABEL=]NAME",
-            help="A memory's adapter: a folder, or a hub id. Repeatable; the folder's name is the label.",
+            help="A memory's adapter: a folder, or a hub id; tsw, ssw or msw of the offline model. "
+            "Repeatable; the folder's name is the label.",
         ),
     ] = None,
     systems: Annotated[
@@ -150,7 +151,7 @@ def evaluate(
         Dtype,
         option(
             metavar="NAME",
-            help="The backbone's: float32, bfloat16, float16; auto: as it was saved.",
+            help="The backbone's: float32, bfloat16, float16; auto: as saved (offline: float32).",
             show_default=True,
         ),
     ] = Dtype.auto,
@@ -174,8 +175,8 @@ def evaluate(
 
         chosen = {task.spec: task for task in map(parse, tasks)}
         files = parse_data(data or [], chosen)
-        backbone_name, default, dtype = find_model(model, dtype)
-        adapters = parse_adapters(adapter or default)
+        backbone_name, own, dtype = find_model(model, dtype)
+        adapters = parse_adapters([own.get(name, name) for name in adapter or own])
         options = SystemOptions(
             adapters=adapters,
             lora=lora,

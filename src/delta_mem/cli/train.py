@@ -251,7 +251,7 @@ def train(
         Dtype,
         option(
             metavar="NAME",
-            help="The backbone's: float32, bfloat16, float16; auto: as it was saved.",
+            help="The backbone's: float32, bfloat16, float16; auto: as saved (offline: float32).",
             show_default=True,
         ),
     ] = Dtype.auto,
@@ -381,8 +381,12 @@ def _adapter_config(context: typer.Context, settings: Mapping[str, Any]) -> Delt
     return load_adapter(settings["init_from"]).config
 
 
+# What may well differ from one part of a run to the next.
+_MAY_CHANGE = {"output", "steps", "epochs", "save_every", "report_to", *ADAPTER_FIELDS, *SECTIONS}
+
+
 def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) -> None:
-    """A run may go on with other data, but hardly without knowing; its learning rate is in the checkpoint.
+    """A run may go on with other settings, but hardly without knowing; its checkpoint has the learning rate.
 
     Raises:
         ValueError: another learning rate, which would be without effect.
@@ -394,13 +398,23 @@ def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) 
         recipe = yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         return
-    if recipe.get("lr", settings["lr"]) != settings["lr"]:
+    before = {str(name).replace("-", "_"): value for name, value in recipe.items()}
+    if before.get("lr", settings["lr"]) != settings["lr"]:
         raise ValueError(
-            f"{output} was begun with --lr {recipe['lr']}; --resume goes on with that, not {settings['lr']}."
+            f"{output} was begun with --lr {before['lr']}; --resume goes on with that, not {settings['lr']}."
         )
-    before, now = recipe.get("data"), _plain(settings["data"])
-    if loud and isinstance(before, list) and before != now:
-        _warn(f"{output} was trained on {', '.join(before)} so far, and goes on with {', '.join(now)}")
+    now = {name: _plain(settings[name]) for name in before if name in settings and name not in _MAY_CHANGE}
+    others = [
+        f"--{name.replace('_', '-')} {_spoken(value)}, so far {_spoken(before[name])}"
+        for name, value in now.items()
+        if value != before[name]
+    ]
+    if loud and others:
+        _warn(f"{output} goes on with other settings: {'; '.join(others)}")
+
+
+def _spoken(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _check_same_adapter(checkpoint: str, config: DeltaMemConfig) -> None:

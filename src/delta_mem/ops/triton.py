@@ -284,7 +284,7 @@ def plan_segments(
     keep_open: Tensor | None,
     keep: bool,
 ) -> SegmentPlan | None:
-    """As `cpu.plan_segments`, in one launch: to start the definition's sixty operations takes a millisecond."""
+    """As `cpu.plan_segments`, in one launch: the definition's sixty operations take a millisecond."""
     given = ids, writes, present, open_count, open_ids, keep_open
     there = [x for x in given if x is not None]
     if not usable(there, 0) or _transformed() or not plannable(shape, *given) or 0 in shape:

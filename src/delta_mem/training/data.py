@@ -306,7 +306,7 @@ def _special_ids(tokenizer: Any) -> Iterator[int]:
 
 
 def load_episodes(
-    files: Sequence[str | os.PathLike],
+    files: str | os.PathLike | Sequence[str | os.PathLike],
     tokenizer: Any,
     write: Write = "token",
     max_write_tokens: int = MAX_WRITE_TOKENS,
@@ -324,7 +324,7 @@ def load_episodes(
     tokenized again, wherever the files have moved.
 
     Args:
-        files: paths, read in this order.
+        files: a path, or several, read in this order.
         tokenizer, write, max_write_tokens, max_read_tokens, keep, with_context: as in `encode_episode`.
         recent_messages: as in `parse_episode`.
         strict: stop at the first line that cannot be used; otherwise such lines are left out.
@@ -344,6 +344,7 @@ def load_episodes(
         raise ValueError("no data file given.")
     if recent_messages < 1:
         raise ValueError(f"recent_messages must be at least 1, got {recent_messages}.")
+    files = [files] if isinstance(files, (str, os.PathLike)) else files
     files = [os.fspath(file) for file in files]
     limits = {"max_write_tokens": max_write_tokens, "max_read_tokens": max_read_tokens, "keep": keep}
     options = {"write": write, **limits, "with_context": with_context}

@@ -211,7 +211,8 @@ class MemoryTrainer(Trainer):
     them: `eval_loss`, `eval_answer_accuracy`, …
 
     Args:
-        model: its adapter is trained, in place; its backbone stays as it is.
+        model: its adapter is trained, in place. The backbone's weights stay as they are; what `args` switch
+            on in it, such as gradient checkpointing, stays on. `model.eval()` before it is used.
         args: with the objective's settings.
         data_collator: makes batches for the objective; None: an `EpisodeCollator`.
         train_dataset, eval_dataset: encoded episodes, as `load_episodes` gives them.

@@ -23,18 +23,20 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..scoring import contains
-from ..systems import System
 from . import base
+
+if TYPE_CHECKING:  # for `ask` alone: tasks know nothing of systems
+    from ..systems import System
 
 Split = Literal["train", "test"]
 TEST_SHARE = 5  # one in five facts, and one in five frames, is the test split's
 
 
 @dataclass(frozen=True)
-class Question:
+class Asked:
     """One question about a conversation.
 
     Attributes:
@@ -57,7 +59,7 @@ class Conversation:
     """What was said, and what can be asked about it; one question per topic, in random order."""
 
     messages: list[dict[str, str]]
-    questions: list[Question]
+    questions: list[Asked]
 
 
 def conversation(
@@ -121,7 +123,7 @@ def conversation(
 
     corrected = {topic for topic, again in order if again}
     questions = [
-        Question(topic, _query(rng, words, topic), words.answer(topic, value), value, topic in corrected)
+        Asked(topic, _query(rng, words, topic), words.answer(topic, value), value, topic in corrected)
         for topic, value in ((topic, known.get(topic)) for topic in [*topics, *untold])
     ]
     rng.shuffle(questions)
