@@ -310,8 +310,11 @@ def test_a_memory_of_a_model_in_training_carries_no_fingerprint(model):
 
 
 def test_a_memory_written_in_training_loses_its_fingerprint(model):
-    kept, written = model.new_memory(), model.new_memory()
+    kept, written, generated = (model.new_memory() for _ in range(3))
     model.train()
     model.write(kept, IDS[:1], write=False)
+    model.generate(IDS[:1], memory=kept, write=False, max_new_tokens=2)
     model.write(written, IDS[:1])
-    assert kept.adapter == model.fingerprint() and written.adapter is None
+    model.generate(IDS[:1], memory=generated, max_new_tokens=2)
+    assert kept.adapter == model.fingerprint()
+    assert written.adapter is None and generated.adapter is None

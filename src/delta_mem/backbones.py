@@ -468,6 +468,8 @@ class MemoryCall:
         if self.plan.read_only:
             return
         memory, segments = self.memory, self.plan.segments
+        if self.coupling.first.training:
+            memory.adapter = None  # its weights are about to change: it is by no adapter in particular
         layers = {index: left[index][0] for index in memory.layers}
         tokens_written, open_segment = memory.tokens_written + self.plan.tokens, None
         if segments is not None:

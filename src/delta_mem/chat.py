@@ -333,9 +333,10 @@ class ChatSession:
         self, messages: list[dict], first_new: int, add_generation_prompt: bool
     ) -> tuple[list[int], list[bool], list[int]]:
         """ids, which of them to write, and their segments, of what the model is to see."""
-        system = [i for i, message in enumerate(messages) if message["role"] in SYSTEM_ROLES]
-        turns = [i for i in range(len(messages)) if i not in system][-self.window if self.window else 0 :]
-        kept = sorted([*system, *turns])
+        roles = [message["role"] for message in messages]
+        turns = [i for i, role in enumerate(roles) if role not in SYSTEM_ROLES]
+        turns = turns[-self.window if self.window else 0 :]
+        kept = sorted([*turns, *(i for i, role in enumerate(roles) if role in SYSTEM_ROLES)])
         try:
             encoded = self._encode([messages[i] for i in kept], add_generation_prompt)
         except TemplateError:

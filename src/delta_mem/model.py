@@ -281,12 +281,8 @@ class DeltaMemModel(nn.Module):
             torch.zeros_like(segment.count),
             torch.full_like(segment.ids, -1),
         )
-        self._stamp(memory)
-
-    def _stamp(self, memory: MemoryState) -> None:
-        """After a write: by weights that are about to change it is by no adapter in particular."""
         if self.training:
-            memory.adapter = None
+            memory.adapter = None  # as in a call, see MemoryCall.commit
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -359,8 +355,6 @@ class DeltaMemModel(nn.Module):
         finally:
             forget_reading()
         call.commit()
-        if write is not False:
-            self._stamp(memory)
         return output
 
     def write(
@@ -455,7 +449,7 @@ class DeltaMemModel(nn.Module):
         memory = self._blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
         device = memory.tokens_written.device
-        _read_mask(kwargs.get("attention_mask"), shape, device, None)  # for its errors
+        _check_mask(kwargs.get("attention_mask"), shape)
         output, after = generation.generate(
             self.backbone,
             self._coupling,
@@ -468,8 +462,6 @@ class DeltaMemModel(nn.Module):
         if not keep_segment_open and write is not False:
             self.close_segment(after)
         memory.assign(after)
-        if write is not False:
-            self._stamp(memory)
         return output
 
     # ---- on and off ------------------------------------------------------------------------------
@@ -620,13 +612,8 @@ def _check_checkpointing(backbone: nn.Module) -> None:
             )
 
 
-def _read_mask(
-    mask: Tensor | None, shape: tuple[int, int], device: torch.device, cache: Any
-) -> Tensor | None:
-    """The attention mask of this call's own tokens, bool [batch, tokens]."""
-    if mask is None:
-        return None
-    if (
+def _check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is not None and (
         not isinstance(mask, Tensor)
         or mask.dim() != 2
         or mask.shape[0] != shape[0]
@@ -636,6 +623,15 @@ def _read_mask(
         raise ValueError(
             f"attention_mask must be [batch, (past +) tokens] = [{shape[0]}, >= {shape[1]}], got {got}."
         )
+
+
+def _read_mask(
+    mask: Tensor | None, shape: tuple[int, int], device: torch.device, cache: Any
+) -> Tensor | None:
+    """The attention mask of this call's own tokens, bool [batch, tokens]."""
+    _check_mask(mask, shape)
+    if mask is None:
+        return None
     if mask.shape[1] > shape[1] and mask.shape[1] == getattr(cache, "max_cache_len", None):
         # As long as a static cache, with columns for what is still to come.
         own = torch.arange(shape[1], device=mask.device) + cache.get_seq_length()

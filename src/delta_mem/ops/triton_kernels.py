@@ -1082,25 +1082,29 @@ def correct(
 
 
 @triton.jit
-def _cells(CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's chunk and batch row, the chunk's tokens [CHUNK], and columns [BLOCK] of z."""
+def _cells(index_of, tokens, features, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's chunk and batch row; the chunk's tokens [CHUNK], which of them there are, and their
+    segments; columns [BLOCK] of z, and which of them are written."""
     chunk = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64)
-    return chunk, row, chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    known = token < tokens
+    index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return chunk, row, token, known, index, column, (column >= width) & (column < features)
 
 
 @triton.jit
 def _summands(
-    x, flags, counts, row, token, known, index, column, tokens, features, width, BACK: tl.constexpr
+    x, flags, counts, row, token, known, index, column, written, tokens, features, BACK: tl.constexpr
 ):
     """What those of the tokens [CHUNK] with a flag add to their segments' sums; nothing in the queries."""
-    inside = (column >= width) & (column < features)
     place = row * tokens + token
     if BACK:  # of held, which has a token more
         place = row * (tokens + 1) + token + 1
     on = known & (tl.load(flags + row * tokens + token, mask=known, other=0) != 0)
     numbers = x + place[:, None] * features + column[None, :]
-    numbers = tl.load(numbers, mask=on[:, None] & inside[None, :], other=0.0)
+    numbers = tl.load(numbers, mask=on[:, None] & written[None, :], other=0.0)
     if BACK:
         numbers = numbers / _count(counts, row, index, known, tokens)[:, None]
     return numbers
@@ -1114,11 +1118,11 @@ def _count(counts, row, index, known, tokens):
 
 @triton.jit
 def _segment_sums(
-    x, index_of, flags, counts, edges, chunk, row, token, known, index, column,
-    tokens, chunks, features, width, CHUNK: tl.constexpr, BACK: tl.constexpr,
+    x, index_of, flags, counts, edges, chunk, row, token, known, index, column, written,
+    tokens, chunks, features, CHUNK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """The sum over the whole segment of each token [CHUNK, BLOCK], the chunks that it comes from included."""
-    own = _summands(x, flags, counts, row, token, known, index, column, tokens, features, width, BACK)
+    own = _summands(x, flags, counts, row, token, known, index, column, written, tokens, features, BACK)
     same = (index[:, None] == index[None, :]).to(tl.float32)
     # A product with zeros would bring NaN into other segments: what is not finite is looked for apart.
     finite = tl.abs(own) < float("inf")
@@ -1127,7 +1131,6 @@ def _segment_sums(
     sums = tl.where(spoilt > 0, float("nan"), sums)
     if edges is not None:
         index_of += row * tokens
-        inside = (column >= width) & (column < features)
         # The segment that goes on beyond the chunk's edge, and the chunks beyond it.
         if BACK:
             beyond = tl.load(index_of + tl.minimum(chunk * CHUNK + CHUNK, tokens) - 1)
@@ -1144,7 +1147,7 @@ def _segment_sums(
             near = other * CHUNK if BACK else other * CHUNK + CHUNK - 1  # its token nearest to this chunk
             there = there & (tl.load(index_of + near, mask=there, other=-1) == beyond)
             place = (row * chunks + other)[:, None] * features + column[None, :]
-            added += tl.sum(tl.load(edges + place, mask=there[:, None] & inside[None, :], other=0.0), axis=0)
+            added += tl.sum(tl.load(edges + place, mask=there[:, None] & written[None, :], other=0.0), axis=0)
         sums += tl.where((index == beyond)[:, None], added[None, :], 0.0)
     return sums
 
@@ -1160,17 +1163,15 @@ def edges(
         x: `hold`'s z, or if BACK the gradient of held. The plan is as there.
         results: [batch, chunks, features]; nothing is put into the queries.
     """
-    chunk, row, token, column = _cells(CHUNK, BLOCK)
-    known = token < tokens
-    index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
+    chunk, row, token, known, index, column, written = _cells(index_of, tokens, features, width, CHUNK, BLOCK)
     edge = chunk * CHUNK if BACK else tl.minimum(chunk * CHUNK + CHUNK, tokens) - 1
     on = known & (index == tl.load(index_of + row * tokens + edge))
     flags = member
     if BACK:
         flags = ends
-    numbers = _summands(x, flags, counts, row, token, on, index, column, tokens, features, width, BACK)
+    numbers = _summands(x, flags, counts, row, token, on, index, column, written, tokens, features, BACK)
     place = (row * chunks + chunk) * features + column
-    tl.store(results + place, tl.sum(numbers, axis=0), mask=(column >= width) & (column < features))
+    tl.store(results + place, tl.sum(numbers, axis=0), mask=written)
 
 
 @triton.jit(do_not_specialize=_SEGMENT_SIZES)
@@ -1189,14 +1190,11 @@ def hold(
         held, writes: [batch, 1 + tokens, features] and [batch, 1 + tokens].
         width: of the queries, which come first in z.
     """
-    chunk, row, token, column = _cells(CHUNK, BLOCK)
-    known = token < tokens
+    chunk, row, token, known, index, column, written = _cells(index_of, tokens, features, width, CHUNK, BLOCK)
     inside = column < features
-    written = inside & (column >= width)
-    index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
     sums = _segment_sums(
-        z, index_of, member, counts, edges, chunk, row, token, known, index, column,
-        tokens, chunks, features, width, CHUNK, BACK,
+        z, index_of, member, counts, edges, chunk, row, token, known, index, column, written,
+        tokens, chunks, features, CHUNK, BACK,
     )  # fmt: skip
     closed = tl.load(closes + row) != 0
     to_open = row * (features - width) + column - width
@@ -1230,14 +1228,11 @@ def hold_backward(
     tokens, chunks, features, width, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `hold`'s z and open_sum, of those of held and open_after. Grid and shapes are its."""
-    chunk, row, token, column = _cells(CHUNK, BLOCK)
-    known = token < tokens
+    chunk, row, token, known, index, column, written = _cells(index_of, tokens, features, width, CHUNK, BLOCK)
     inside = column < features
-    written = inside & (column >= width)
-    index = tl.load(index_of + row * tokens + token, mask=known, other=-1)
     sums = _segment_sums(
-        grad_held, index_of, ends, counts, edges, chunk, row, token, known, index, column,
-        tokens, chunks, features, width, CHUNK, BACK,
+        grad_held, index_of, ends, counts, edges, chunk, row, token, known, index, column, written,
+        tokens, chunks, features, CHUNK, BACK,
     )  # fmt: skip
     to_open = row * (features - width) + column - width
     stays = tl.load(stays_open + row) != 0
