@@ -41,7 +41,20 @@ FAMILIES = {
 
 # Every second layer is linear attention with q, k and v projections of its own.
 HYBRID = dict(layer_types=["linear_attention", "full_attention"] * 2)
+GATED_DELTA_NET = dict(
+    HYBRID, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8
+)
+EXPERTS = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
+)
+# Their q_proj yields a gate of attention's output, too.
+GATED = {
+    "qwen3_next": dict(GATED_DELTA_NET, **EXPERTS),
+    "qwen3_5_text": GATED_DELTA_NET,
+    "qwen3_5_moe_text": dict(GATED_DELTA_NET, **EXPERTS),
+}
 HYBRIDS = {
+    **GATED,
     "olmo_hybrid": dict(HYBRID, linear_key_head_dim=8, linear_value_head_dim=8),
     "kimi_linear": dict(
         HYBRID, head_dim=None, num_key_value_heads=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,

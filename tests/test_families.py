@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import delta_mem as dm
-from families import FAMILIES, HYBRIDS, backbone
+from families import FAMILIES, GATED, HYBRIDS, backbone
 
 IDS = torch.randint(3, 100, (3, 21), generator=torch.Generator().manual_seed(1))
 CONFIGS = {
@@ -175,6 +175,24 @@ def test_a_correction_of_one_head_reaches_no_other(family, head):
     plain, corrected = attend(model.new_memory(3)), attend(memory)
     changed = {name for name in plain if not torch.equal(plain[name], corrected[name])}
     assert changed == {"logits", head} - {"q"}
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_a_correction_of_q_leaves_the_gate_of_the_output_alone(family):
+    model = dm.DeltaMemModel(backbone(family), CONFIGS["token"])
+    memory, seen = model.new_memory(3), []
+    logits(model, IDS.flip(1), memory=memory)
+    projection = model.backbone.model.layers[1].self_attn.q_proj
+    projection.register_forward_hook(
+        lambda module, args, output: seen.append(output.unflatten(-1, (4, 2, 12)))
+    )
+    for ids in (IDS, IDS[:, :1]):  # one token goes another way
+        seen.clear()
+        logits(model, ids, memory=model.new_memory(3), write=False)
+        logits(model, ids, memory=memory, write=False)
+        (q, gate), (q_corrected, gate_corrected) = (output.unbind(-2) for output in seen)
+        assert torch.equal(gate, gate_corrected)
+        assert ((q - q_corrected).abs().amax(-1) > 1e-4).all()  # in every head
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,9 @@ _places = itertools.count()  # numbers for `Reading.place`
 
 View = Callable[[Tensor, int], Tensor]
 
+# Model types whose q_proj yields the gate of attention's output, too.
+GATED = frozenset({"qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp"})
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -163,10 +166,10 @@ def _range(start: int, length: int, tensor: Tensor, dim: int) -> Tensor:
     return tensor.narrow(dim, start, length)
 
 
-def _interleaved(position: int, head_dim: int, tensor: Tensor, dim: int) -> Tensor:
-    """Of outputs ordered [head, (q, k, v), head_dim], those of one of q, k, v."""
+def _interleaved(position: int, parts: int, head_dim: int, tensor: Tensor, dim: int) -> Tensor:
+    """Of outputs ordered [head, part, head_dim], such as (q, k, v) or (q, gate), those of one part."""
     dim = dim % tensor.dim()
-    return tensor.unflatten(dim, (-1, 3, head_dim)).select(dim + 1, position)
+    return tensor.unflatten(dim, (-1, parts, head_dim)).select(dim + 1, position)
 
 
 def _slots(module: nn.Module, config) -> dict[str, Slot]:
@@ -182,18 +185,23 @@ def _slots(module: nn.Module, config) -> dict[str, Slot]:
     slots = {"o": Slot(out, _whole)}
     if has("q_proj"):
         slots |= {head: Slot(f"{head}_proj", _whole) for head in "qkv" if has(f"{head}_proj")}
+        if config.model_type.removesuffix("_text") in GATED:  # per head [q, the gate of its output]
+            slots["q"] = Slot("q_proj", partial(_interleaved, 0, 2, _head_dim(config)))
     elif has("qkv_proj") and config.model_type in ("phi3", "phi4_multimodal"):  # [all q, all k, all v]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = _head_dim(config)
         q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         for head, start, length in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
             slots[head] = Slot("qkv_proj", partial(_range, start, length))
     elif has("query_key_value") and config.model_type.startswith("gpt_neox"):  # per head [q, k, v]
-        head_dim = config.hidden_size // config.num_attention_heads
         for position, head in enumerate("qkv"):
-            slots[head] = Slot("query_key_value", partial(_interleaved, position, head_dim))
+            slots[head] = Slot("query_key_value", partial(_interleaved, position, 3, _head_dim(config)))
     else:
         return {}
     return slots
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _has_linear(module: nn.Module, name: str) -> bool:
