@@ -403,17 +403,24 @@ def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) 
         raise ValueError(
             f"{output} was begun with --lr {before['lr']}; --resume goes on with that, not {settings['lr']}."
         )
-    now = {name: _plain(settings[name]) for name in before if name in settings and name not in _MAY_CHANGE}
+    values = {
+        f"--{name.replace('_', '-')}": (_plain(settings[name]), before[name])
+        for name in before
+        if name in settings and name not in _MAY_CHANGE
+    }
+    fields, fields_before = settings["trainer"], before.get("trainer") or {}
+    for name in {**fields_before, **fields}:
+        values[f"trainer.{name}"] = fields.get(name), fields_before.get(name)
     others = [
-        f"--{name.replace('_', '-')} {_spoken(value)}, so far {_spoken(before[name])}"
-        for name, value in now.items()
-        if value != before[name]
+        f"{name} {_spoken(now)}, so far {_spoken(was)}" for name, (now, was) in values.items() if now != was
     ]
     if loud and others:
         _warn(f"{output} goes on with other settings: {'; '.join(others)}")
 
 
 def _spoken(value: Any) -> str:
+    if value is None:
+        return "not set"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
