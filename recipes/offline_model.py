@@ -359,7 +359,7 @@ def make_adapter(
     model = DeltaMemModel(backbone, ADAPTERS[name]).train()
     begin = 0.0
     if name in STARTS:  # as good as through the first stages
-        checkpoint.load_weights(model, checkpoint.load_adapter(folder / STARTS[name]))
+        model.load_weights(checkpoint.load_adapter(folder / STARTS[name]))
         begin = 0.15
 
     def stage(name: str, draw: str, steps: int, lr: float, begin: float, **options: Any) -> None:

@@ -52,6 +52,15 @@ GATED = {
     "qwen3_next": dict(GATED_DELTA_NET, **EXPERTS),
     "qwen3_5_text": GATED_DELTA_NET,
     "qwen3_5_moe_text": dict(GATED_DELTA_NET, **EXPERTS),
+    "qwen4_exp_text": dict(
+        GATED_DELTA_NET,
+        **EXPERTS,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=12,
+        indexer_budget=16,
+        indexer_compress_ratio=4,
+    ),
 }
 HYBRIDS = {
     **GATED,

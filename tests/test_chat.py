@@ -261,6 +261,11 @@ def test_a_reply_is_not_taken_back_with_what_was_written_since(token_model):
     with pytest.raises(ValueError, match="written to since the reply"):
         chat.regenerate()
     same(chat.memory, before)
+    other = session(token_model)
+    other.send(LINES[0])
+    other.messages.clear()
+    with pytest.raises(ValueError, match="taken away since the reply"):
+        other.regenerate()
 
 
 def test_a_stream_computes_as_its_caller_does(token_model):
@@ -339,6 +344,8 @@ def test_a_broken_session_is_named(token_model, tmp_path):
         ("before", {}),
         ("messages", 3),
         ("messages", [{}]),
+        ("messages", [{"role": None, "content": "x"}]),
+        ("messages", [{"role": "user", "content": 3}]),
         ("window", "2"),
     ):
         (tmp_path / "session.json").write_text(json.dumps({**values, field: wrong}))
@@ -455,7 +462,12 @@ def test_sliding_window_backbones(family):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(dict(window=0), "window"), (dict(window=1.5), "window"), (dict(memory="two rows"), r"memory\[i\]")],
+    [
+        (dict(window=0), "window"),
+        (dict(window=1.5), "window"),
+        (dict(memory="two rows"), r"memory\[i\]"),
+        (dict(num_beams=2), "num_beams itself"),
+    ],
     ids=str,
 )
 def test_refused(token_model, arguments, message):
@@ -475,6 +487,10 @@ def test_what_is_no_memory_or_no_model_is_refused_at_once(token_model):
         dm.ChatSession(token_model, TOKENIZER, memory="ada.safetensors")
     with pytest.raises(TypeError, match="got Qwen3ForCausalLM: give a backbone its adapter"):
         dm.ChatSession(token_model.backbone, TOKENIZER)
+    with pytest.raises(TypeError, match="content must be a string, got int"):
+        dm.ChatSession(token_model, TOKENIZER, system=3)
+    with pytest.raises(TypeError, match="role must be a string, got NoneType"):
+        session(token_model).add(None, "x")
 
 
 def test_a_compiled_model_will_do(token_model):

@@ -116,7 +116,7 @@ def test_weights_beside_the_config_of_others_are_refused(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    adapter = checkpoint.adapter_of(dm.DeltaMemModel(backbone("qwen3")))
+    adapter = dm.DeltaMemModel(backbone("qwen3")).to_adapter()
     checkpoint.save_official(adapter, tmp_path)
     stored = torch.load(tmp_path / "delta_mem_adapter.pt")
     next(iter(stored.values()))[0] = torch.nan
@@ -127,7 +127,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 def test_a_disk_that_is_full_leaves_an_adapter_of_the_authors_format_whole(tmp_path, monkeypatch):
     model, official = dm.DeltaMemModel(backbone("qwen3")), tmp_path / "official"
-    checkpoint.save_official(checkpoint.adapter_of(model), official)
+    checkpoint.save_official(model.to_adapter(), official)
     before = {name: (official / name).read_bytes() for name in os.listdir(official)}
     synced, sync = [], os.fsync
 
@@ -140,7 +140,7 @@ def test_a_disk_that_is_full_leaves_an_adapter_of_the_authors_format_whole(tmp_p
     monkeypatch.setattr(os, "fsync", full)
     other = dm.DeltaMemModel(backbone("qwen3", seed=5), dm.DeltaMemConfig(alpha=1.0))
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save_official(checkpoint.adapter_of(other), official)
+        checkpoint.save_official(other.to_adapter(), official)
     assert {name: (official / name).read_bytes() for name in os.listdir(official)} == before
 
 

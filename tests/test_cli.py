@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
 import delta_mem as dm
-from delta_mem.checkpoint import Adapter, adapter_of, load_adapter, save_official
+from delta_mem.checkpoint import Adapter, load_adapter, save_official
 from delta_mem.cli.app import app
 from delta_mem.cli.chat import Conversation
 from delta_mem.cli.common import new_folder, printable, size
@@ -454,7 +454,7 @@ def test_info_of_an_empty_memory_and_of_an_open_segment(tmp_path):
     ],
 )
 def test_info_tells_what_is_wrong_with_an_adapter(tmp_path, name, value, says):
-    adapter = adapter_of(tiny_model())
+    adapter = tiny_model().to_adapter()
     weights = {
         key: torch.full_like(weight, value) if name in key else weight
         for key, weight in adapter.weights.items()

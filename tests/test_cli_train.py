@@ -292,10 +292,21 @@ def test_going_on_with_other_settings_is_told(train, files, tmp_path):
     done(train("--steps", 1))
     shutil.copy(files / "train.jsonl", files / "other.jsonl")
     (tmp_path / "decay.yaml").write_text("trainer: {weight_decay: 0.1}")
-    other = "--resume", "--seed", 5, "--save-every", 3, "--config", tmp_path / "decay.yaml"
+    other = (
+        "--resume",
+        "--seed",
+        5,
+        "--save-every",
+        3,
+        "--write-chunk",
+        64,
+        "--config",
+        tmp_path / "decay.yaml",
+    )
     again = done(train("--steps", 2, *other, data="other.jsonl")).stderr
     assert f"--data {files / 'other.jsonl'}, so far {files / 'train.jsonl'}" in again
     assert "--seed 5, so far 42" in again and "save-every" not in again
+    assert "--write-chunk 64, so far not set" in again
     assert "trainer.weight_decay 0.1, so far not set" in again
     assert "so far" not in done(train("--steps", 3, *other, data="other.jsonl")).stderr
 

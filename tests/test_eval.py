@@ -151,9 +151,10 @@ def test_the_offline_model_brings_its_adapters(tmp_path):
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["dtype"] == "float32"
 
 
-def test_an_offline_adapter_by_name(tmp_path):
-    done(offline(tmp_path, "--systems", "delta", "--adapter", "msw"))
-    assert [row["system"] for row in results(tmp_path / "run")] == ["delta"]
+@pytest.mark.parametrize(("adapter", "system"), [("msw", "delta"), ("mine=msw", "delta[mine]")])
+def test_an_offline_adapter_by_name(tmp_path, adapter, system):
+    done(offline(tmp_path, "--systems", "delta", "--adapter", adapter))
+    assert [row["system"] for row in results(tmp_path / "run")] == [system]
 
 
 def test_one_of_the_offline_adapters_alone(tmp_path):

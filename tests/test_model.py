@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StaticCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import delta_mem as dm
 from families import backbone
@@ -116,11 +116,13 @@ def test_the_memory_is_off_for_as_long_as_any_thread_wants_it_off():
     assert written() == IDS.shape[1]
 
 
-def test_a_mask_as_long_as_a_static_cache():
+@pytest.mark.parametrize("static", [True, False], ids=("static", "dynamic"))
+def test_a_mask_that_goes_on_behind_the_new_tokens(static):
     model = dm.DeltaMemModel(backbone("qwen3"), dm.DeltaMemConfig(init="random", init_gain=0.5))
     results = []
     for longest in (20, None):
-        cache, memory, logits = StaticCache(model.config, max_cache_len=20), model.new_memory(2), []
+        cache = StaticCache(model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+        memory, logits = model.new_memory(2), []
         mask = torch.zeros(2, 20, dtype=torch.int64)
         with torch.no_grad():
             for start, end in ((0, 8), (8, 9), (9, 12)):
@@ -132,6 +134,15 @@ def test_a_mask_as_long_as_a_static_cache():
         results.append((torch.cat(logits, 1), *memory.layers.values()))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_mask_that_ends_before_the_new_tokens_is_refused():
+    model = dm.DeltaMemModel(backbone("qwen3"))
+    cache, memory, mask = DynamicCache(config=model.config), model.new_memory(2), torch.ones(2, 14)
+    model(IDS, memory=memory, past_key_values=cache)
+    with pytest.raises(ValueError, match="14 long, for 12 tokens in the cache and 3 new"):
+        model(IDS[:, :3], mask, memory=memory, past_key_values=cache)
+    assert memory.tokens_written.tolist() == [12, 12]
 
 
 def test_inputs_go_where_accelerate_computes():
@@ -260,6 +271,7 @@ def test_one_memory_at_a_time():
         (dict(input_ids=IDS - 90), ValueError, "the vocabulary has 100 ids"),
         (dict(input_ids=IDS, attention_mask=torch.ones(2, 5)), ValueError, "attention_mask must be"),
         (dict(input_ids=IDS, attention_mask=torch.ones(3, 12)), ValueError, "attention_mask must be"),
+        (dict(input_ids=IDS, attention_mask=torch.ones(2, 13)), ValueError, "13 long, for 0 tokens in the"),
         (dict(input_ids=IDS, attention_mask=torch.ones(2, 1, 12, 12)), ValueError, "attention_mask must be"),
         (dict(input_ids=IDS, write=1), TypeError, "write must be True, False"),
         (dict(input_ids=IDS, write=torch.ones(2, 12)), TypeError, "write must be"),

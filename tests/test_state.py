@@ -1,5 +1,6 @@
 """A memory is a value: copied, stacked, taken apart, saved, and refused where it does not belong."""
 
+import copy
 import os
 
 import pytest
@@ -185,19 +186,25 @@ def test_a_file_full_of_nan_is_refused(memory):
 def test_a_memory_of_another_adapter_is_refused(model, memory):
     other = dm.DeltaMemModel(backbone("qwen3", seed=5), model.delta_config)
     before = memory.fork()
+    none = memory.fork()
+    none.adapter = None
     for call in (
         lambda: other(IDS, memory=memory),
         lambda: other.write(memory, IDS),
         lambda: other.generate(IDS, memory=memory),
         lambda: dm.MemoryState.stack([memory, other.new_memory()]),
+        lambda: dm.MemoryState.stack([none, memory, other.new_memory()]),
     ):
-        with pytest.raises(dm.IncompatibleMemoryError, match="another adapter"):
+        with pytest.raises(dm.IncompatibleMemoryError, match="another adapter|by 2 adapters"):
             call()
     same(memory, before)
+    assert dm.MemoryState.stack([memory, memory]).adapter == model.fingerprint()
+    for pair in ([none, memory], [memory, none]):
+        assert dm.MemoryState.stack(pair).adapter is None
 
 
-def test_a_memory_is_of_the_weights_that_wrote_it(model, tmp_path):
-    other = dm.DeltaMemModel(backbone("qwen3", seed=5), model.delta_config)
+def test_a_memory_is_of_the_weights_that_wrote_it(model):
+    model, other = (dm.DeltaMemModel(backbone("qwen3", seed=s), model.delta_config) for s in (4, 5))
     memory = model.new_memory()
     model.write(memory, IDS[:1])
     model.adapters.load_state_dict(other.adapters.state_dict())
@@ -231,6 +238,8 @@ def test_a_memory_of_segment_writes_is_refused_by_token_writes(model):
     for one, two in ((model, other), (other, model)):
         with pytest.raises(dm.IncompatibleMemoryError):
             one.place(two.new_memory())
+    with pytest.raises(TypeError, match="memory must be a MemoryState, got str"):
+        model.place("ada.safetensors")
 
 
 def test_memories_whose_open_segments_differ_in_width_do_not_mix():
@@ -255,8 +264,14 @@ def test_a_file_keeps_the_rights_it_was_given(memory, tmp_path):
         memory.save(tmp_path / "nowhere" / "memory.safetensors")
 
 
+def test_a_shallow_copy_shares_its_tensors(memory):
+    twin = copy.copy(memory)
+    assert twin.layers is not memory.layers
+    assert all(twin.layers[index] is state for index, state in memory.layers.items())
+    assert twin.adapter == memory.adapter
+
+
 def test_the_same_weights_with_other_settings_are_another_adapter(model):
-    import copy
     import dataclasses
 
     twin = copy.deepcopy(model)
@@ -302,7 +317,7 @@ def test_an_adapter_cast_to_bfloat16_knows_its_memories(model):
 
 
 def test_a_memory_of_a_model_in_training_carries_no_fingerprint(model):
-    model.train()
+    model = dm.DeltaMemModel(backbone("qwen3"), model.delta_config).train()
     memory = model.new_memory()
     model.eval()
     assert memory.adapter is None
@@ -310,6 +325,7 @@ def test_a_memory_of_a_model_in_training_carries_no_fingerprint(model):
 
 
 def test_a_memory_written_in_training_loses_its_fingerprint(model):
+    model = dm.DeltaMemModel(backbone("qwen3"), model.delta_config)
     kept, written, generated = (model.new_memory() for _ in range(3))
     model.train()
     model.write(kept, IDS[:1], write=False)

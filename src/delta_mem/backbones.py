@@ -22,6 +22,7 @@ from an attention module to its own projections, needs a thread-local, for proje
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import threading
@@ -218,7 +219,8 @@ def find_attention_layers(backbone: nn.Module) -> dict[int, AttentionLayer]:
     """The attention layers of a decoder, by index, without those that its config calls linear attention.
 
     Raises:
-        UnsupportedBackboneError: not a decoder, or none of its modules is laid out in a known way.
+        UnsupportedBackboneError: not a decoder; none of its modules, or two in one layer, are laid out in a
+            known way; or a PEFT adapter that puts tokens before the prompt.
     """
     model = causal_lm(backbone)
     name = type(model).__name__
@@ -261,6 +263,24 @@ def find_attention_layers(backbone: nn.Module) -> dict[int, AttentionLayer]:
             f"{name}: found no attention module with known q/k/v/o projections (looked at: {seen})."
         )
     return dict(sorted(layers.items()))
+
+
+def last_logits(backbone: nn.Module, count: int = 1) -> dict[str, int]:
+    """Keywords for a forward that needs the last `count` tokens' logits only, where the backbone can."""
+    return {"logits_to_keep": count} if _takes(backbone, "logits_to_keep") else {}
+
+
+def positions(backbone: nn.Module, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """Keywords for a forward without a KV cache, so that padding counts for no position."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return {}
+    if not _takes(backbone, "position_ids"):
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
+
+
+def _takes(backbone: nn.Module, keyword: str) -> bool:
+    return keyword in inspect.signature(causal_lm(backbone).forward).parameters
 
 
 @torch.no_grad()

@@ -70,8 +70,10 @@ class ChatSession:
         window: may be changed at any time.
 
     Raises:
-        TypeError: a model that is no DeltaMemModel, or a memory that is no MemoryState.
-        ValueError: no chat template, a memory of more than one row, or a window below 1.
+        TypeError: a model that is no DeltaMemModel, a memory that is no MemoryState, or a system prompt that
+            is no string.
+        ValueError: no chat template, a memory of more than one row, a window below 1, or an option that the
+            chat decides itself.
         IncompatibleMemoryError: a memory of another adapter.
     """
 
@@ -93,9 +95,10 @@ class ChatSession:
                 f"a chat has a memory of one row, this one has {memory.batch_size}: pass memory[i]."
             )
         model.check_memory(memory, 1)
+        _check_options(generate_kwargs)
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
         self.window = window
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = [] if system is None else [_message("system", system)]
         self.generate_kwargs = generate_kwargs
         self._before: tuple[MemoryState, int] | None = None  # memory and messages before the last reply
         self._written = int(memory.tokens_written)  # when the last turn ended
@@ -148,22 +151,21 @@ class ChatSession:
         "developer") is not written: it stays in the context.
 
         Raises:
-            TypeError: a content that is neither a string nor None.
+            TypeError: a role that is no string, or a content that is neither a string nor None.
             ValueError: a content that the chat template leaves out.
             jinja2.TemplateError: the chat template refuses it, as some refuse a system role in the middle.
             IncompatibleMemoryError: the model's adapter has changed since the memory was written.
             RuntimeError: the session is busy with another call.
         """
         with self._alone():
-            message = {"role": role, "content": content}
-            self._take_turn([*self.messages, message], len(self.messages))
+            self._take_turn([*self.messages, _message(role, content)], len(self.messages))
 
     def regenerate(self, **generate_kwargs: Any) -> str:
         """Takes the last reply back, out of the memory too, and replies anew.
 
         Raises:
-            ValueError: there is no reply to take back, or something else was written since; and all that
-                `send` raises.
+            ValueError: there is no reply to take back, or memory or messages were changed since; and all
+                that `send` raises.
         """
         with self._alone():
             if self._before is None:
@@ -171,6 +173,8 @@ class ChatSession:
             if int(self.memory.tokens_written) != self._written:
                 raise ValueError("the memory has been written to since the reply: it cannot be taken back.")
             memory, count = self._before
+            if count >= len(self.messages):
+                raise ValueError("messages were taken away since the reply: it cannot be taken back.")
             undone = copy.copy(self)
             undone.memory, undone.messages = memory.fork(), self.messages[:count]
             reply = undone._reply(self.messages[count], generate_kwargs)
@@ -251,7 +255,7 @@ class ChatSession:
 
         Raises:
             TypeError: a model that is no DeltaMemModel; or a memory, a window or a system prompt is given.
-            ValueError: no chat template.
+            ValueError: no chat template, or an option that the chat decides itself.
             FileNotFoundError: no session there.
             AdapterFormatError: a broken file; file and field are named.
             IncompatibleMemoryError: its memory was written by another adapter.
@@ -277,10 +281,8 @@ class ChatSession:
 
     def _reply(self, message: dict, generate_kwargs: dict, streamer=None, stop=None) -> str:
         """Takes `message` in, generates the reply and takes that in too."""
+        _check_options(generate_kwargs)
         options = {**self.generate_kwargs, **generate_kwargs}
-        taken = sorted(_OWN.intersection(options))
-        if taken:
-            raise ValueError(f"a chat decides {', '.join(taken)} itself; leave it out.")
         if streamer is not None and options.get("streamer") is not None:
             raise ValueError("stream() has a streamer of its own; pass streamer= to send().")
         options["streamer"] = streamer or options.get("streamer")
@@ -301,10 +303,7 @@ class ChatSession:
         reply = ""
         with torch.no_grad():
             if options is None:
-                self.model(
-                    inputs, memory=memory, write=write, segment_ids=segments, use_cache=False,
-                    **self.model.last_logit_only(),
-                )  # fmt: skip
+                self.model.write(memory, inputs, write=write, segment_ids=segments)
             else:
                 config, options = self._generation_config(options, inputs.shape[1])
                 output = self.model.generate(
@@ -458,7 +457,8 @@ def read_session(path: str | os.PathLike) -> dict[str, Any]:
 
 def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content", 0), str | None)
+        for m in value
     )
 
 
@@ -522,7 +522,20 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    taken = sorted(_OWN.intersection(options))
+    if taken:
+        raise ValueError(f"a chat decides {', '.join(taken)} itself; leave it out.")
+
+
 def _user_message(text: str) -> dict[str, str]:
     if not isinstance(text, str) or not text.strip():
         raise ValueError("the message is empty.")
-    return {"role": "user", "content": text}
+    return _message("user", text)
+
+
+def _message(role: str, content: str | None) -> dict[str, str | None]:
+    for name, value, kind in (("role", role, str), ("content", content, str | None)):
+        if not isinstance(value, kind):
+            raise TypeError(f"a message's {name} must be a string, got {type(value).__name__}.")
+    return {"role": role, "content": content}

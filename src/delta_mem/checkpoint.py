@@ -10,6 +10,7 @@ model, so that `delta-mem info` and `delta-mem convert` need no backbone.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import torch
@@ -29,9 +30,6 @@ from torch import Tensor
 from .config import HEADS, DeltaMemConfig
 from .errors import AdapterFormatError
 from .files import check_header, checksum, download, read_json, write_together
-
-if TYPE_CHECKING:
-    from .model import DeltaMemModel
 
 CONFIG_FILE = "delta_mem_config.json"
 WEIGHTS_FILE = "delta_mem.safetensors"
@@ -70,6 +68,31 @@ class Adapter:
         """See `fingerprint`."""
         return fingerprint(self.config, self.weights)
 
+    @torch.no_grad()
+    def copy_to(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies the weights into those of a model, {name: tensor} with the same names.
+
+        Raises:
+            AdapterFormatError: tensors are missing, left over, misshapen or not finite; nothing is changed.
+        """
+        for name, target in weights.items():
+            if name not in self.weights:
+                raise AdapterFormatError(f"{self.source}: {name}: missing.")
+            if self.weights[name].shape != target.shape:
+                raise AdapterFormatError(
+                    f"{self.source}: {name}: is {list(self.weights[name].shape)}, this backbone and config "
+                    f"need {list(target.shape)}."
+                )
+        left_over = sorted(set(self.weights) - set(weights))
+        if left_over:
+            raise AdapterFormatError(
+                f"{self.source}: {left_over[0]}: no such weight in this backbone and config."
+            )
+        if (name := not_finite(self.weights)) is not None:
+            raise AdapterFormatError(f"{self.source}: {name}: holds NaN or infinity.")
+        for name, target in weights.items():
+            target.copy_(self.weights[name])
+
 
 def fingerprint(config: DeltaMemConfig, weights: Mapping[str, Tensor]) -> str:
     """Identifies an adapter: a SHA-256 of its weights and of the settings that shape what they do.
@@ -80,61 +103,6 @@ def fingerprint(config: DeltaMemConfig, weights: Mapping[str, Tensor]) -> str:
     settings = {k: v for k, v in config.to_dict().items() if k not in ("init", "init_gain", "gate_bias")}
     digest = checksum({name: tensor.to(torch.bfloat16) for name, tensor in weights.items()})
     return hashlib.sha256(f"{json.dumps(settings, sort_keys=True)} {digest}".encode()).hexdigest()
-
-
-# ---- between a model and an Adapter ---------------------------------------------------------------
-
-
-def adapter_of(model: DeltaMemModel) -> Adapter:
-    """The adapter of a model; its weights are copies on the CPU."""
-    from .backbones import find_attention_layers, head_sizes
-
-    weights = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in model.named_weights().items()
-    }
-    config = model.config.get_text_config(decoder=True)
-    found = find_attention_layers(model.backbone)
-    sizes = head_sizes(found[int(next(iter(model.adapters)))])
-    return Adapter(
-        model.delta_config,
-        weights,
-        {
-            "name_or_path": getattr(model.config, "_name_or_path", ""),
-            "model_type": config.model_type,
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "heads": {head: size for head, (_, size) in sizes.items()},
-        },
-    )
-
-
-@torch.no_grad()
-def load_weights(model: DeltaMemModel, adapter: Adapter) -> None:
-    """Copies an adapter's weights into a model.
-
-    Raises:
-        AdapterFormatError: tensors are missing, left over, misshapen or not finite; nothing is changed.
-    """
-    targets = model.named_weights()
-    for name, target in targets.items():
-        if name not in adapter.weights:
-            raise AdapterFormatError(f"{adapter.source}: {name}: missing.")
-        if adapter.weights[name].shape != target.shape:
-            raise AdapterFormatError(
-                f"{adapter.source}: {name}: is {list(adapter.weights[name].shape)}, this backbone and "
-                f"config need {list(target.shape)}."
-            )
-    left_over = sorted(set(adapter.weights) - set(targets))
-    if left_over:
-        raise AdapterFormatError(
-            f"{adapter.source}: {left_over[0]}: no such weight in this backbone and config."
-        )
-    if (name := not_finite(adapter.weights)) is not None:
-        raise AdapterFormatError(f"{adapter.source}: {name}: holds NaN or infinity.")
-    for name, target in targets.items():
-        target.copy_(adapter.weights[name])
-    model.forget_fingerprint()
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -434,12 +402,10 @@ def save_official(adapter: Adapter, path: str | os.PathLike) -> None:
                     )
                 own[f"delta_{head}"] = torch.zeros(size, adapter.config.width)
         stored |= {f"model.layers.{index}.self_attn.{theirs[name]}": own[name] for name in own}
-    with tempfile.SpooledTemporaryFile() as buffer:
-        torch.save(stored, buffer)
-        buffer.seek(0)
-        data = buffer.read()
+    buffer = io.BytesIO()
+    torch.save(stored, buffer)
     config = json.dumps(config_to_official(adapter.config), indent=2) + "\n"
-    write_together({folder / OFFICIAL_WEIGHTS_FILE: data, folder / CONFIG_FILE: config})
+    write_together({folder / OFFICIAL_WEIGHTS_FILE: buffer.getvalue(), folder / CONFIG_FILE: config})
 
 
 # ---- the hub ---------------------------------------------------------------------------------------

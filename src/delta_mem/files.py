@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import stat
-import tempfile
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,6 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterFormatError
-
-# Asking for it means setting it, for all threads: once, at import.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
@@ -49,16 +45,17 @@ def _write_beside(path: str | os.PathLike, data: bytes | str) -> str:
         raise FileNotFoundError(f"{folder}: no such folder.")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{os.fspath(path)}: is a folder; name a file.")
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".delta-mem-")
+    temporary = os.path.join(folder, f".delta-mem-{os.urandom(8).hex()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; a file that is there may have been given other rights.
-        os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o666 & ~_UMASK)
+        if os.path.exists(path):  # which may have been given rights of its own
+            shutil.copymode(path, temporary)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
     return temporary
 
@@ -123,9 +120,3 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def version(tensor: Tensor) -> tuple:
-    """Changes when the tensor is written to or replaced. (Inference tensors keep no count of writes.)"""
-    count = None if tensor.is_inference() else tensor._version
-    return tensor.dtype, tensor.device, tensor.data_ptr(), count

@@ -128,11 +128,12 @@ class MemoryLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens of the last forward back; `tokens_to_remove` is zero or negative."""
-        removed = -tokens_to_remove
-        if removed <= 0 or self.last is None:
+        if tokens_to_remove > 0:
+            raise ValueError("a cache with a memory in it is cropped by a negative number of tokens.")
+        if tokens_to_remove == 0 or self.last is None:
             return
         found, call, inputs = self.last
-        kept = call.inputs[next(iter(call.inputs))].shape[1] - removed
+        kept = call.inputs[next(iter(call.inputs))].shape[1] + tokens_to_remove
         self.memory = found.fork()
         if kept == 0:
             return

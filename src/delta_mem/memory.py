@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from . import ops
 from .config import HEADS, DeltaMemConfig
-from .files import version
 from .ops import SegmentPlan
 from .state import MemoryState
 
@@ -62,7 +61,8 @@ class MemoryTrace:
     Attributes:
         measure_corrections: fill `corrections`, which costs a pass over the projections' outputs.
         written: bool [batch, tokens]: at which tokens something was written. Under segment writes, at the
-            last token of each segment. A segment that had ended before the call's first token is not in it.
+            last token of each segment, which may be one that itself does not write. A segment that had ended
+            before the call's first token is not in it.
         gates: {layer: float32 [batch, tokens, G]}: the write gates β; those at `written` tokens count,
             under segment writes they are those of the segment's mean. G is D (a gate per row of the state)
             or num_states (one per state). Differentiable. Empty if the call only reads.
@@ -91,7 +91,8 @@ def plan_writes(
         shape: (batch, tokens).
         mask: bool [batch, tokens], False for padding; None for no padding.
         write: bool [batch, tokens], or one bool for all. A token that does not write only reads: for
-            the segments it is as if it were not there, and it ends none.
+            the segments it belongs to the one around it, in whose mean it does not count; its own id is not
+            looked at.
         segment_ids: int64 [batch, tokens]; None: all tokens are one segment. Id -1 is not written.
         keep_segment_open: the last segment goes on in the next call; bool [batch], or one bool for all.
     """
@@ -296,9 +297,15 @@ class DeltaMemory(nn.Module):
         self._casts.clear()
         return super().train(mode)
 
-    def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor) -> Tensor:
-        """The state after the open segment is written, in the rows (bool [batch]) where it is to be."""
-        return ops.close_segment(self.gate_bias.float(), state, open_sum, count, rows, self.rule)
+    def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor) -> Tensor:
+        """The state after the open segment is written, in the rows that have one: count int64 [batch] > 0."""
+        return ops.close_segment(self.gate_bias.float(), state, open_sum, count, self.rule)
+
+
+def version(tensor: Tensor) -> tuple:
+    """Changes when the tensor is written to or replaced. (Inference tensors keep no count of writes.)"""
+    count = None if tensor.is_inference() else tensor._version
+    return tensor.dtype, tensor.device, tensor.data_ptr(), count
 
 
 def _to(value, device: torch.device):

@@ -13,7 +13,6 @@ The model holds weights; what it remembers is in the memory that is passed to ea
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -33,11 +32,13 @@ from .backbones import (
     forget_reading,
     head_sizes,
     keywords_arrive,
+    last_logits,
+    positions,
 )
+from .checkpoint import Adapter
 from .config import DeltaMemConfig
 from .errors import IncompatibleMemoryError, UnsupportedBackboneError
-from .files import version
-from .memory import DeltaMemory, MemoryTrace
+from .memory import DeltaMemory, MemoryTrace, version
 from .state import MemoryState, OpenSegment
 
 
@@ -130,7 +131,7 @@ class DeltaMemModel(nn.Module):
         adapter = checkpoint.load_adapter(path, **hub_kwargs)
         model = cls(backbone, adapter.config, initialise=False)
         try:
-            checkpoint.load_weights(model, adapter)
+            model.load_weights(adapter)
         except BaseException:
             model.detach()
             raise
@@ -142,12 +143,42 @@ class DeltaMemModel(nn.Module):
         Raises:
             ValueError: a weight holds NaN or infinity; it is named and nothing is written.
         """
-        checkpoint.save_adapter(checkpoint.adapter_of(self), path)
+        checkpoint.save_adapter(self.to_adapter(), path)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None,
                     commit_message: str = "Upload δ-mem adapter") -> str:  # fmt: skip
         """Uploads the adapter to the hub. Returns the commit's URL."""
-        return checkpoint.push_to_hub(checkpoint.adapter_of(self), repo_id, private, token, commit_message)
+        return checkpoint.push_to_hub(self.to_adapter(), repo_id, private, token, commit_message)
+
+    def to_adapter(self) -> Adapter:
+        """The adapter as a value of its own; its weights are copies on the CPU."""
+        weights = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in self.named_weights().items()
+        }
+        config = self.config.get_text_config(decoder=True)
+        found = find_attention_layers(self.backbone)
+        sizes = head_sizes(found[int(next(iter(self.adapters)))])
+        return Adapter(
+            self.delta_config,
+            weights,
+            {
+                "name_or_path": getattr(self.config, "_name_or_path", ""),
+                "model_type": config.model_type,
+                "hidden_size": config.hidden_size,
+                "num_hidden_layers": config.num_hidden_layers,
+                "heads": {head: size for head, (_, size) in sizes.items()},
+            },
+        )
+
+    def load_weights(self, adapter: Adapter) -> None:
+        """Takes over the weights of an adapter for this backbone and config.
+
+        Raises:
+            AdapterFormatError: it is for others, or a weight is not finite; nothing is changed.
+        """
+        adapter.copy_to(self.named_weights())
+        self.forget_fingerprint()
 
     # ---- what it is ------------------------------------------------------------------------------
 
@@ -216,14 +247,17 @@ class DeltaMemModel(nn.Module):
 
         Its `adapter` is this adapter's fingerprint; None while the model is in training mode, for then
         the weights are about to change.
+
+        Raises:
+            ValueError: a batch size that is no integer of at least 1.
         """
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
-        memory = self._blank_memory(batch_size)
+        memory = self.blank_memory(batch_size)
         memory.adapter = None if self.training else self.fingerprint()
         return memory
 
-    def _blank_memory(self, batch_size: int) -> MemoryState:
+    def blank_memory(self, batch_size: int) -> MemoryState:
         """`new_memory` without a fingerprint: for a call that throws it away."""
         config, adapters = self.delta_config, self._coupling.adapters
         by_device: dict[torch.device, list[int]] = {}
@@ -249,8 +283,10 @@ class DeltaMemModel(nn.Module):
 
         Raises:
             IncompatibleMemoryError: a memory of other layers, or of another way of writing.
+            TypeError: it is no memory.
         """
-        here = self.new_memory(memory.batch_size)
+        _check_is_memory(memory)
+        here = self.blank_memory(memory.batch_size)
         if memory.layers.keys() != here.layers.keys() or (
             (memory.open_segment is None) != (here.open_segment is None)
         ):
@@ -261,26 +297,29 @@ class DeltaMemModel(nn.Module):
         """Writes the segments that are still open, in place. Does nothing under token writes.
 
         Gradients are recorded in training mode only.
+
+        Raises:
+            IncompatibleMemoryError: a memory of another adapter or device.
+            TypeError: it is no memory.
         """
+        _check_is_memory(memory)
         self.check_memory(memory, memory.batch_size)
         segment = memory.open_segment
         if segment is None:
             return
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
-            memory.layers = {
+            layers = {
                 index: self._coupling.adapters[index].close_segment(
-                    state,
-                    segment.sums[index],
-                    segment.count.to(state.device),
-                    segment.count.to(state.device) > 0,
+                    state, segment.sums[index], segment.count.to(state.device)
                 )
                 for index, state in memory.layers.items()
             }
-        memory.open_segment = OpenSegment(
+        none_open = OpenSegment(
             {index: torch.zeros_like(total) for index, total in segment.sums.items()},
             torch.zeros_like(segment.count),
             torch.full_like(segment.ids, -1),
         )
+        memory.replace(layers, memory.tokens_written, none_open)
         if self.training:
             memory.adapter = None  # as in a call, see MemoryCall.commit
 
@@ -318,7 +357,10 @@ class DeltaMemModel(nn.Module):
         Raises:
             IncompatibleMemoryError: a memory of another adapter, batch size or device.
             ValueError: empty input, ids beyond the vocabulary (on a GPU not of one token, nor in training,
-                where to look would cost a stop), or masks of the wrong shape. The memory is then as it was.
+                where to look would cost a stop), or masks of the wrong shape.
+            TypeError: arguments of the wrong type or dtype.
+            UnsupportedBackboneError: the backbone did not hand the memory on to every layer.
+            RuntimeError: the model was detached. After each of these the memory is as it was.
         """
         if self._disabled:
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -329,7 +371,7 @@ class DeltaMemModel(nn.Module):
         on_gpu = input_ids is not None and input_ids.device.type != "cpu"
         if on_gpu and shape[1] > 1 and not self.training:
             self._check_ids(input_ids)
-        memory = self._blank_memory(shape[0]) if memory is None else memory
+        memory = self.blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _check_checkpointing(self.backbone)
@@ -378,8 +420,15 @@ class DeltaMemModel(nn.Module):
 
         Returns:
             The memory itself.
+
+        Raises:
+            As `forward`.
         """
-        options = {"use_cache": False, **self.last_logit_only(), **self.position_ids(attention_mask)}
+        options = {
+            "use_cache": False,
+            **last_logits(self.backbone),
+            **positions(self.backbone, attention_mask),
+        }
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             self(
                 input_ids,
@@ -392,21 +441,6 @@ class DeltaMemModel(nn.Module):
                 **options,
             )
         return memory
-
-    def last_logit_only(self, count: int = 1) -> dict[str, int]:
-        """Keywords for a forward that needs the last `count` tokens' logits only, where the backbone can."""
-        return {"logits_to_keep": count} if self._takes("logits_to_keep") else {}
-
-    def position_ids(self, attention_mask: Tensor | None) -> dict[str, Tensor]:
-        """Keywords for a forward without a KV cache, so that padding counts for no position."""
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-            return {}
-        if not self._takes("position_ids"):
-            return {}
-        return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
-
-    def _takes(self, keyword: str) -> bool:
-        return keyword in inspect.signature(causal_lm(self.backbone).forward).parameters
 
     @torch.no_grad()
     def generate(
@@ -437,7 +471,7 @@ class DeltaMemModel(nn.Module):
 
         Raises:
             ValueError: `use_cache=False`, an empty prompt, or a way of decoding that a memory does not
-                go together with (named).
+                go together with (named). All else as in `forward`.
         """
         if self._disabled:
             return self.backbone.generate(inputs, **kwargs)
@@ -446,7 +480,7 @@ class DeltaMemModel(nn.Module):
         shape = self._check_inputs(inputs, kwargs.get("inputs_embeds"))
         if inputs is not None:
             self._check_ids(inputs)
-        memory = self._blank_memory(shape[0]) if memory is None else memory
+        memory = self.blank_memory(shape[0]) if memory is None else memory
         self.check_memory(memory, shape[0])
         device = memory.tokens_written.device
         _check_mask(kwargs.get("attention_mask"), shape)
@@ -534,8 +568,7 @@ class DeltaMemModel(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        if not isinstance(memory, MemoryState):
-            raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}.")
+        _check_is_memory(memory)
         misfit = self._misfit(memory, batch_size)
         # The very string that this model stamped needs no second look at all the weights.
         stamped = self._fingerprint is not None and memory.adapter is self._fingerprint[1]
@@ -612,6 +645,11 @@ def _check_checkpointing(backbone: nn.Module) -> None:
             )
 
 
+def _check_is_memory(memory: MemoryState) -> None:
+    if not isinstance(memory, MemoryState):
+        raise TypeError(f"memory must be a MemoryState, got {type(memory).__name__}.")
+
+
 def _check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
     if mask is not None and (
         not isinstance(mask, Tensor)
@@ -632,11 +670,20 @@ def _read_mask(
     _check_mask(mask, shape)
     if mask is None:
         return None
-    if mask.shape[1] > shape[1] and mask.shape[1] == getattr(cache, "max_cache_len", None):
-        # As long as a static cache, with columns for what is still to come.
-        own = torch.arange(shape[1], device=mask.device) + cache.get_seq_length()
-        return mask.index_select(1, own).to(device).bool()
-    return mask[:, -shape[1] :].to(device).bool()
+    tokens = shape[1]
+    if mask.shape[1] > tokens:
+        # Behind what the cache holds, as attention takes it: a static cache's mask goes on behind them.
+        past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, Tensor):  # a static cache counts on its device, where to look would cost a stop
+            own = torch.arange(tokens, device=mask.device) + past
+            mask = mask.index_select(1, own.clamp(max=mask.shape[1] - 1))
+        elif cache is None or past + tokens > mask.shape[1]:
+            raise ValueError(
+                f"attention_mask is {mask.shape[1]} long, for {past} tokens in the cache and {tokens} new."
+            )
+        else:
+            mask = mask[:, past : past + tokens]
+    return mask.to(device).bool()
 
 
 def _read_write(write: bool | Tensor, shape: tuple[int, int], device: torch.device) -> bool | Tensor:

@@ -135,13 +135,19 @@ class MemoryState:
         return self._map(lambda tensor: tensor[rows].clone())
 
     def select(self, rows: Tensor | Sequence[int]) -> MemoryState:
-        """The rows with these indices (int64 [n]), in their order, with repeats. Always a copy."""
+        """The rows with these indices (int64 [n]), in their order, with repeats. Always a copy.
+
+        Raises:
+            IndexError: no such row.
+        """
         rows = torch.as_tensor(rows)
         return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     @staticmethod
     def stack(memories: Iterable[MemoryState]) -> MemoryState:
         """One batch from several memories: their rows, one after the other.
+
+        It is by the adapter of them all, and by none in particular (None) if one of them is.
 
         Raises:
             IncompatibleMemoryError: they are of different adapters, shapes or devices.
@@ -150,13 +156,16 @@ class MemoryState:
         memories = list(memories)
         if not memories:
             raise ValueError("stack needs at least one memory.")
-        first = memories[0]
+        first, signed = memories[0], {memory.adapter for memory in memories} - {None}
+        if len(signed) > 1:
+            names = ", ".join(sorted(adapter[:12] for adapter in signed))
+            raise IncompatibleMemoryError(f"the memories were written by {len(signed)} adapters ({names}).")
         for index, other in enumerate(memories[1:], 1):
             difference = first._difference(other)
             if difference:
                 raise IncompatibleMemoryError(f"memory {index} does not stack on memory 0: {difference}")
         result = first.combine(memories, torch.cat)
-        result.adapter = next((m.adapter for m in memories if m.adapter is not None), None)
+        result.adapter = None if any(memory.adapter is None for memory in memories) else first.adapter
         result.created = min(memory.created for memory in memories)
         return result
 
@@ -205,6 +214,10 @@ class MemoryState:
         """Cuts the memory's past out of autograd, in place; values stay. Returns the memory itself."""
         self.assign(self._map(torch.Tensor.detach))
         return self
+
+    def __copy__(self) -> MemoryState:
+        """A memory with the same tensors."""
+        return self._map(lambda tensor: tensor)
 
     def __getstate__(self) -> dict[str, object]:
         # A call leaves the layers' states in one storage, which each would bring along as a whole.
@@ -347,8 +360,6 @@ class MemoryState:
 
     def _difference(self, other: MemoryState) -> str | None:
         """Why the two cannot be rows of one batch; None if they can."""
-        if None not in (self.adapter, other.adapter) and self.adapter != other.adapter:
-            return f"another adapter wrote it ({other.adapter[:12]}, not {self.adapter[:12]})."
         if list(self.layers) != list(other.layers):
             return f"it has layers {list(other.layers)}, not {list(self.layers)}."
         if (self.open_segment is None) != (other.open_segment is None):

@@ -203,9 +203,10 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
 
     from ..checkpoint import CONFIG_FILE
     from ..files import download
+    from ..offline import NAME
 
     logging.set_verbosity_error()
-    folder, _, dtype = find_model(name, dtype)
+    folder, own, dtype = find_model(name, dtype)
     # Without this, a mistyped path is looked for on the hub, offline for more than a minute.
     if not Path(folder).is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder):
@@ -221,6 +222,8 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype.value, "auto"))
+        if own:
+            model.config._name_or_path = NAME  # not a folder of this machine
         # A quantized model is where its quantizer put it.
         return (model if getattr(model, "is_quantized", False) else model.to(target)), tokenizer
     except (SafetensorError, ImportError, torch.OutOfMemoryError) as error:

@@ -176,7 +176,9 @@ def evaluate(
         chosen = {task.spec: task for task in map(parse, tasks)}
         files = parse_data(data or [], chosen)
         backbone_name, own, dtype = find_model(model, dtype)
-        adapters = parse_adapters([own.get(name, name) for name in adapter or own])
+        adapters = {
+            label: own.get(name, name) for label, name in parse_adapters(adapter or list(own)).items()
+        }
         options = SystemOptions(
             adapters=adapters,
             lora=lora,

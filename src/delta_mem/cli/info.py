@@ -118,11 +118,12 @@ def _describe_adapter(path: str) -> dict[str, Any]:
 
 def _weights_of(config: DeltaMemConfig) -> list[str]:
     """The names of a layer's weights."""
-    names = ["query_proj", "key_proj", "value_proj", "beta_proj", "beta_bias"]
-    names += [] if config.tied_gates else ["lambda_proj", "lambda_bias"]
-    names += [f"delta_{head}" for head in config.heads]
-    names += ["scale_raw"] if config.trainable_scale else []
-    return names + (["o_norm_weight"] if config.o_norm else [])
+    import torch
+
+    from ..memory import DeltaMemory
+
+    with torch.device("meta"):
+        return list(DeltaMemory(config, 1, dict.fromkeys(config.heads, 1)).named_weights())
 
 
 def _adapter_problems(
@@ -307,7 +308,7 @@ def _show_memory(facts: dict[str, Any], titled: bool = True) -> None:
         facts_table(
             {
                 "backbone": facts["backbone"] or "not recorded",
-                "adapter": facts["adapter"] or "not recorded (it was in training)",
+                "adapter": facts["adapter"][:12] if facts["adapter"] else "not recorded (it was in training)",
                 "created": _date(facts["created"]),
                 "saved": _date(facts["saved"]),
                 "tokens taken in": listed if len(rows) == 1 else f"{listed} ({len(rows)} rows)",

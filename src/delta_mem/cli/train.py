@@ -285,7 +285,7 @@ def train(
     settings = {**context.params, **{section: context.meta.get(section, {}) for section in SECTIONS}}
     with _user_errors(), new_folder(output):
         _check_installed()
-        from ..checkpoint import load_adapter, load_weights
+        from ..checkpoint import load_adapter
         from ..training.data import check_file
 
         for file in [*data, *(eval_data or [])]:
@@ -299,7 +299,7 @@ def train(
             _compare_with_recipe(output, settings, loud)
         loaded, tokenizer = _load(settings, adapter, arguments)
         if checkpoint is not None:
-            load_weights(loaded, load_adapter(checkpoint))  # shows that it fits before there is a recipe
+            loaded.load_weights(load_adapter(checkpoint))  # shows that it fits before there is a recipe
         options = _episode_options(settings, adapter.write, arguments)
         skipped = _Skipped(loud)
         episodes = _episodes(data, tokenizer, {**options, "streaming": streaming}, skipped)
@@ -398,15 +398,16 @@ def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) 
         recipe = yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         return
-    before = {str(name).replace("-", "_"): value for name, value in recipe.items()}
+    before = {str(name).replace("_", "-"): value for name, value in recipe.items()}
     if before.get("lr", settings["lr"]) != settings["lr"]:
         raise ValueError(
             f"{output} was begun with --lr {before['lr']}; --resume goes on with that, not {settings['lr']}."
         )
+    now = _as_recipe(settings)
     values = {
-        f"--{name.replace('_', '-')}": (_plain(settings[name]), before[name])
-        for name in before
-        if name in settings and name not in _MAY_CHANGE
+        f"--{name}": (now.get(name), before.get(name))
+        for name in {**before, **now}
+        if name.replace("-", "_") not in _MAY_CHANGE
     }
     fields, fields_before = settings["trainer"], before.get("trainer") or {}
     for name in {**fields_before, **fields}:
@@ -700,14 +701,17 @@ def write_recipe(path: Path, settings: Mapping[str, Any]) -> None:
 
     from ..files import write_atomically
 
+    write_atomically(path, yaml.safe_dump(_as_recipe(settings), sort_keys=False, allow_unicode=True))
+
+
+def _as_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     # Those of an adapter that is trained on are its own.
     left_out = {"config", "resume", *(ADAPTER_FIELDS if settings["init_from"] is not None else ())}
-    values = {
+    return {
         name if name in SECTIONS else name.replace("_", "-"): _plain(value)
         for name, value in settings.items()
         if name not in left_out and value not in (None, {}, [])
     }
-    write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _plain(value: Any) -> Any:

@@ -371,13 +371,11 @@ def hold(z: Tensor, open_sum: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor
     return segments.hold(z, open_sum, plan) if results is None else results
 
 
-def close_segment(
-    gate_bias: Tensor, state: Tensor, open_sum: Tensor, count: Tensor, rows: Tensor, rule: Rule
-) -> Tensor:
-    """The state after the open segments are written, in the rows (bool [batch]) where they are to be."""
+def close_segment(gate_bias: Tensor, state: Tensor, open_sum: Tensor, count: Tensor, rule: Rule) -> Tensor:
+    """The state after the open segments are written, in the rows that have one: count int64 [batch] > 0."""
     mean = open_sum / count.clamp(min=1).unsqueeze(1)
     z = F.pad(mean, (rule.num_states * rule.rank, 0)).unsqueeze(1)  # nobody reads
-    return advance(z, gate_bias, state, rule, rows.unsqueeze(1))[1]
+    return advance(z, gate_bias, state, rule, (count > 0).unsqueeze(1))[1]
 
 
 def _learns(*tensors: Tensor) -> bool:

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..backbones import last_logits, positions
 from ..memory import MemoryTrace
 from ..model import DeltaMemModel
 from ..segments import writing
@@ -224,7 +225,7 @@ class EpisodeObjective:
         size = self.write_chunk or total
         starts = range(0, total, size)
         first_with_gradient = 0 if self.gradient_chunks is None else len(starts) - self.gradient_chunks
-        memory = model._blank_memory(len(ids))
+        memory = model.blank_memory(len(ids))
         sums, counts = [], []
         for index, start in enumerate(starts):
             end = min(start + size, total)
@@ -285,7 +286,11 @@ def _answer_logits(
     ids, labels, *segments = rows
     if segments:
         options |= {"segment_ids": segments[0], "write": writing(segments[0], model.delta_config.write)}
-    options |= {"use_cache": False, **model.position_ids(mask), **model.last_logit_only(answers + 1)}
+    options |= {
+        "use_cache": False,
+        **positions(model.backbone, mask),
+        **last_logits(model.backbone, answers + 1),
+    }
     with _not_packed():
         output = model(ids, mask, **options)
     first = labels.shape[1] - answers

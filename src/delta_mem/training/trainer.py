@@ -380,7 +380,7 @@ class MemoryTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapter = checkpoint.load_adapter(Path(resume_from_checkpoint).absolute())
         with _whole(self.model):
-            checkpoint.load_weights(self.memory_model, adapter)
+            self.memory_model.load_weights(adapter)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 
-from ...segments import Encoded, encode_messages, writing
+from ...segments import SYSTEM_ROLES, Encoded, encode_messages, writing
 from ...state import MemoryState
 from .base import Message, System, in_turns
 from .context import Context, NoContext
@@ -114,7 +114,7 @@ def _exchanges(history: Sequence[Message]) -> Iterator[list[Message]]:
     """The history cut before what the user says."""
     exchange: list[Message] = []
     for message in history:
-        if message["role"] == "user" and any(m["role"] != "system" for m in exchange):
+        if message["role"] == "user" and any(m["role"] not in SYSTEM_ROLES for m in exchange):
             yield exchange
             exchange = []
         exchange.append(message)
