@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -104,21 +105,17 @@ def _wait(device: str) -> None:
 
 def machine(device: str) -> dict[str, str]:
     """What the numbers were measured on."""
-    import transformers
-
     about = {
         "device": torch.cuda.get_device_name()
         if device == "cuda"
         else platform.processor() or platform.machine(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
-    for package in ("triton", "numba", "peft"):
+    for package in ("torch", "transformers", "triton", "numba", "peft"):
         try:
-            about[package] = __import__(package).__version__
-        except ImportError:
+            about[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
             about[package] = "not installed"
     return about
 
@@ -126,12 +123,12 @@ def machine(device: str) -> dict[str, str]:
 # ---- the operator --------------------------------------------------------------------------------
 
 
-def operator(device: str, rounds: int = 7, rank: int = 8, states: int = 1, batch: int = 1) -> Iterator[Row]:
-    """Each backend over 1 to 65,536 tokens: forward, and forward with backward."""
+def operator(device: str, rounds: int = 7) -> Iterator[Row]:
+    """Each backend over 1 to 65,536 tokens of rank 8: forward, and forward with backward."""
     for tokens in (1, 128, 2048, 8192, 65536):
         # The loop takes minutes where the others take milliseconds.
         names = [name for name in available_backends(device) if name != "naive" or tokens <= 8192]
-        inputs = operator_inputs(device, batch, tokens, states, rank)
+        inputs = operator_inputs(device, batch=1, tokens=tokens, states=1, rank=8)
         few = rounds if tokens <= 2048 else max(3, rounds // 2)
         for backward in (False, True):
             variants = {name: _operator_run(inputs, name, backward) for name in names}
@@ -307,10 +304,8 @@ def generation(
     yield from _per_token(alternate(name, _around(frozen, run), device, rounds), tokens)
 
 
-def training_step(
-    frozen: nn.Module, device: str, write: int, read: int, rounds: int, checkpointing: bool = True
-) -> Iterator[Row]:
-    """Forward and backward of one episode: `write` tokens of history, `read` of question and answer.
+def training_step(frozen: nn.Module, device: str, write: int, read: int, rounds: int) -> Iterator[Row]:
+    """Forward and backward of an episode, checkpointed: `write` tokens of history, `read` of question and answer.
 
     δ-mem's is the trainer's objective, with the metrics that it logs. LoRA, which has no memory, reads both
     as one sequence. The loss is on all but the first of the last `read` tokens.
@@ -334,8 +329,7 @@ def training_step(
 
     def prepare(model: nn.Module, backbone: nn.Module) -> nn.Module:
         model.train()
-        if checkpointing:
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
 
     def memory_step(config: DeltaMemConfig) -> Callable[[], None]:
@@ -348,10 +342,7 @@ def training_step(
 
         return call
 
-    def lora_step() -> Callable[[], None] | None:
-        model = _lora(frozen)
-        if model is None:
-            return None
+    def lora_step(model: nn.Module) -> Callable[[], None]:
         prepare(model, model.get_base_model())
         ids = torch.cat([history, answer], 1)
 
@@ -362,15 +353,17 @@ def training_step(
 
         return call
 
-    variants = {"LoRA r=8": lora_step()} if _lora(frozen) is not None else {}
+    lora = _lora(frozen)
+    variants = {} if lora is None else {"LoRA r=8": lora_step(lora)}
     variants |= {name: memory_step(config) for name, config in VARIANTS.items()}
     yield from alternate(
         f"training step, write {write:,} + read {read:,}", variants, device, rounds, warm_up=1
     )
 
 
-def long_write(frozen: nn.Module, device: str, chunk: int = 2048, rounds: int = 3) -> Iterator[Row]:
+def long_write(frozen: nn.Module, device: str) -> Iterator[Row]:
     """A long text written in chunks, no KV cache kept: time per chunk at its beginning and its end."""
+    chunk, rounds = 2048, 3
     model = with_memory(frozen, DeltaMemConfig())
     ids, memory = _ids(frozen, device, 1, chunk), model.new_memory()
 
@@ -400,16 +393,16 @@ def _ids(model: nn.Module, device: str, batch: int, tokens: int) -> Tensor:
     return torch.randint(100, model.config.vocab_size, (batch, tokens), generator=generator).to(device)
 
 
-def model(device: str, rounds: int = 7, compiled: bool = True) -> Iterator[Row]:
+def model(device: str, rounds: int = 7) -> Iterator[Row]:
     """All model rows, at the sizes that suit the device."""
     frozen = backbone(device)
     gpu = device == "cuda"
     parts = [lambda: prefill(frozen, device, 8192 if gpu else 2048, rounds)]
     for batch in (1, 32) if gpu else (1,):
         parts.append(lambda batch=batch: decode(frozen, device, 512, batch, False, rounds))
-        if gpu and compiled:
+        if gpu:
             parts.append(lambda batch=batch: decode(frozen, device, 512, batch, True, rounds))
-    parts.append(lambda: generation(frozen, device, 16, gpu and compiled, rounds))
+    parts.append(lambda: generation(frozen, device, 16, gpu, rounds))
     parts.append(
         lambda: training_step(frozen, device, *((8192, 512) if gpu else (512, 128)), max(3, rounds // 2))
     )

@@ -28,7 +28,7 @@ def bench(
         option(
             metavar="N",
             min=1,
-            help="Rounds, each of which runs every variant once; long parts have half as many, but three.",
+            help="Rounds, each of which runs every variant once; long parts have half as many, at least 3.",
             show_default=True,
         ),
     ] = 7,
