@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import inspect
 import io
 import json
 import os
@@ -22,10 +23,11 @@ from typer.testing import CliRunner
 
 import delta_mem as dm
 from delta_mem.checkpoint import load_adapter
+from delta_mem.cli import train as train_command
 from delta_mem.cli import train_callbacks
 from delta_mem.cli.app import app
 from delta_mem.cli.train_callbacks import ProgressBar, StopOnSignal
-from delta_mem.training import MemoryTrainer
+from delta_mem.training import EpisodeObjective, MemoryTrainer, MemoryTrainingArguments
 from families import backbone
 from helpers import tiny_tokenizer
 
@@ -286,6 +288,14 @@ def test_a_run_stopped_at_once_says_what_is_left(train, tmp_path, monkeypatch, s
         assert last == "Stopped at once, without saving; there was no checkpoint yet."
     else:
         assert f"without saving; {tmp_path / 'run' / 'checkpoint-2'} is left. Go on with: delta-mem" in last
+
+
+def test_what_the_command_leaves_unsaid_is_the_librarys(tmp_path):
+    unsaid = {name: p.default for name, p in inspect.signature(train_command.train).parameters.items()}
+    unsaid |= {"adapter": {}, "trainer": {}, "output": tmp_path}
+    assert train_command.make_adapter_config(unsaid) == dm.DeltaMemConfig()
+    assert train_command.make_arguments(unsaid).objective() == EpisodeObjective()
+    assert MemoryTrainingArguments(str(tmp_path)).objective() == EpisodeObjective()
 
 
 def test_going_on_with_other_settings_is_told(train, files, tmp_path):

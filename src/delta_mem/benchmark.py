@@ -305,7 +305,8 @@ def generation(
 
 
 def training_step(frozen: nn.Module, device: str, write: int, read: int, rounds: int) -> Iterator[Row]:
-    """Forward and backward of an episode, checkpointed: `write` tokens of history, `read` of question and answer.
+    """Forward and backward of an episode, checkpointed: `write` tokens of history, `read` of question and
+    answer.
 
     δ-mem's is the trainer's objective, with the metrics that it logs. LoRA, which has no memory, reads both
     as one sequence. The loss is on all but the first of the last `read` tokens.

@@ -36,6 +36,7 @@ from transformers.generation.streamers import TextStreamer
 
 from .errors import AdapterFormatError
 from .files import check_header, read_json, write_together
+from .generation import end_tokens
 from .model import DeltaMemModel
 from .segments import SYSTEM_ROLES, Encoded, encode_messages
 from .state import MemoryState
@@ -368,10 +369,7 @@ class ChatSession:
             options.setdefault("tokenizer", self.tokenizer)
         if config.max_new_tokens is None and config.max_length is None:
             config.max_new_tokens = 512
-        ends = config.eos_token_id
-        ends = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
-        own = self.tokenizer.eos_token_id
-        config.eos_token_id = ends if own is None or own in ends else [*ends, own]
+        config.eos_token_id = end_tokens(config, self.tokenizer)
         if config.pad_token_id is None:
             pad = self.tokenizer.pad_token_id
             config.pad_token_id = pad if pad is not None else next(iter(config.eos_token_id), 0)

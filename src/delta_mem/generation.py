@@ -318,6 +318,14 @@ def generate(
     return output, final[0]
 
 
+def end_tokens(config: GenerationConfig, tokenizer: Any) -> list[int]:
+    """The tokens that end a reply: the model's, and the tokenizer's own."""
+    ends = config.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+    own = tokenizer.eos_token_id
+    return ends if own is None or own in ends else [*ends, own]
+
+
 def _prompt(
     input_ids: Tensor,
     cache: Cache,

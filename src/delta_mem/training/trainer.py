@@ -38,6 +38,7 @@ from transformers.utils import logging
 from .. import checkpoint
 from ..backbones import causal_lm, find_attention_layers
 from ..model import DeltaMemModel
+from .data import EpisodeCollator
 from .objectives import EpisodeObjective, counted
 
 logger = logging.get_logger(__name__)
@@ -234,8 +235,6 @@ class MemoryTrainer(Trainer):
         **kwargs: Any,
     ):
         if data_collator is None:
-            from .data import EpisodeCollator
-
             if processing_class is None:
                 raise ValueError("pass the tokenizer as processing_class=, or a data_collator=.")
             data_collator = EpisodeCollator(processing_class.pad_token_id or 0)

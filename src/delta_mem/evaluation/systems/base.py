@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
-Message = dict[str, str]
+from ...generation import end_tokens
+from ..tasks.base import Message
 
 # Logits that are nearer to each other than this may change places with the order of sums. In bfloat16 a logit
 # of 16 to 32 is a multiple of 0.125.
@@ -247,7 +248,9 @@ class System(ABC):
         said = output[:, max(map(len, prompts)) :]
         texts = [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
         # A row goes on until it ends; what it is fed afterwards is nobody's call.
-        over = torch.isin(said, torch.tensor(self._ends(), device=said.device)).long()
+        over = torch.isin(
+            said, torch.tensor(end_tokens(self.model.generation_config, self.tokenizer), device=said.device)
+        ).long()
         alive = over.cumsum(1) - over == 0
         margins = torch.stack(calls.margins, 1).masked_fill(~alive, torch.inf).amin(1)
         close = margins < CLOSE.get(self.model.dtype, CLOSE_FLOAT32)
@@ -266,7 +269,7 @@ class System(ABC):
             num_beams=1,
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=self._ends() or None,
+            eos_token_id=end_tokens(self.model.generation_config, self.tokenizer) or None,
         )
         with _generating_by(likeliest, self.model):
             return self.model.generate(
@@ -275,13 +278,6 @@ class System(ABC):
                 **self.inputs(stored),
                 **options,
             )
-
-    def _ends(self) -> list[int]:
-        """The tokens that end an answer."""
-        ends = self.model.generation_config.eos_token_id
-        ends = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
-        own = self.tokenizer.eos_token_id
-        return ends if own is None or own in ends else [*ends, own]
 
     def _batches(
         self, group: Sequence[int], prompts: Sequence[list[int]], longest: Sequence[int], shared: int
