@@ -17,7 +17,9 @@ import typer
 from rich.text import Text
 
 from .common import (
+    DeviceOption,
     Dtype,
+    DtypeOption,
     catch_interrupts,
     complain,
     err,
@@ -26,6 +28,7 @@ from .common import (
     holds,
     layer_grid,
     load_backbone,
+    option,
     out,
     plural,
     printable,
@@ -43,28 +46,26 @@ WINDOW = 4
 def chat(
     model: Annotated[
         str,
-        typer.Option(
+        option(
             "--model",
             "-m",
             metavar="NAME",
             help="The backbone: a folder, a hub id, or 'offline', the small model that comes with delta-mem.",
-            show_default=False,
         ),
     ],
     adapter: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--adapter",
             "-a",
             metavar="NAME",
             help="Its adapter: a folder, or a hub id; tsw, ssw or msw of the offline model. "
             "The offline model's is tsw if none is named; of others it is then untrained.",
-            show_default=False,
         ),
     ] = None,
     window: Annotated[
         str | None,
-        typer.Option(
+        option(
             metavar="N|all",
             help="Messages kept in the context, the new one included.",
             show_default=f"{WINDOW}, or as saved",
@@ -72,35 +73,24 @@ def chat(
     ] = None,
     system: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="A system prompt; always in the context.", show_default=False),
+        option(metavar="TEXT", help="A system prompt; always in the context."),
     ] = None,
     session: Annotated[
         Path | None,
-        typer.Option(
+        option(
             metavar="DIR",
             help="Go on with the chat saved in this folder, if any; save it there on leaving.",
-            show_default=False,
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, …; auto: an accelerator, if any.")
-    ] = "auto",
-    dtype: Annotated[
-        Dtype,
-        typer.Option(
-            metavar="NAME",
-            help="The backbone's: float32, bfloat16, float16; auto: as saved (offline: float32).",
-        ),
-    ] = Dtype.auto,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Longest reply, in tokens.", show_default="the model's own, or 512"
-        ),
+        option(metavar="N", min=1, help="Longest reply, in tokens.", show_default="the model's own, or 512"),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(
+        option(
             metavar="T", min=0, help="Of sampling; 0: the likeliest token.", show_default="the model's own"
         ),
     ] = None,

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,6 +40,26 @@ def option(*names: str, help: str, metavar: str | None = None, **settings: Any) 
     """A `typer.Option` whose default is not shown unless asked for."""
     settings.setdefault("show_default", False)
     return typer.Option(*names, help=help, metavar=metavar, **settings)
+
+
+DeviceOption = Annotated[
+    str,
+    option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, mps, …; auto: an accelerator, if any.",
+        show_default=True,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    option(
+        "--dtype",
+        metavar="NAME",
+        help="The backbone's: float32, bfloat16, float16; auto: as saved (offline: float32).",
+        show_default=True,
+    ),
+]
 
 
 # ---- errors ----------------------------------------------------------------------------------------

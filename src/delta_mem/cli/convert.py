@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import out, plural, user_errors
+from .common import option, out, plural, user_errors
 
 
 class Format(str, Enum):
@@ -23,9 +23,9 @@ def convert(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to write.", show_default=False)],
     to: Annotated[
         Format,
-        typer.Option("--to", help="The format to write; official is the authors'.", show_default=False),
+        option("--to", help="The format to write; official is the authors'."),
     ],
-    force: Annotated[bool, typer.Option("--force", help="Write into DEST though it is not empty.")] = False,
+    force: Annotated[bool, option("--force", help="Write into DEST though it is not empty.")] = False,
 ) -> None:
     """Convert an adapter between the authors' format and delta-mem's.
 

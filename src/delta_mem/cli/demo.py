@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from .chat import Conversation
-from .common import err, out, printable, size, user_errors
+from .common import err, option, out, printable, size, user_errors
 
 if TYPE_CHECKING:
     from ..evaluation.systems import System
@@ -43,16 +42,14 @@ NAMES = {
 
 def demo(
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Then go on with the conversation yourself.")
+        bool, option("--interactive", "-i", help="Then go on with the conversation yourself.")
     ] = False,
     questions: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Questions in each cell of the recall table.")
+        int, option(metavar="N", min=1, help="Questions in each cell of the recall table.", show_default=True)
     ] = 48,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Draw the recall table to this file (.png, .svg, .pdf).", show_default=False
-        ),
+        option(metavar="FILE", help="Draw the recall table to this file (.png, .svg, .pdf)."),
     ] = None,
 ) -> None:
     """See a fact remembered when the history is gone: offline, in under a minute.

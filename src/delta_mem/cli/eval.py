@@ -27,7 +27,9 @@ from rich.table import Table
 
 from .common import (
     INTERRUPTED,
+    DeviceOption,
     Dtype,
+    DtypeOption,
     catch_interrupts,
     complain,
     err,
@@ -141,20 +143,8 @@ def evaluate(
             show_default=True,
         ),
     ] = 2048,
-    device: Annotated[
-        str,
-        option(
-            metavar="NAME", help="cpu, cuda, cuda:1, mps, …; auto: an accelerator, if any.", show_default=True
-        ),
-    ] = "auto",
-    dtype: Annotated[
-        Dtype,
-        option(
-            metavar="NAME",
-            help="The backbone's: float32, bfloat16, float16; auto: as saved (offline: float32).",
-            show_default=True,
-        ),
-    ] = Dtype.auto,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
     seed: Annotated[int, option(metavar="N", help="Of all that a task draws.", show_default=True)] = 0,
 ) -> None:
     """Ask benchmarks of a memory and of its rivals; write a table with scores and costs.

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .common import facts_table, layer_grid, number, out, plural, size, user_errors
+from .common import facts_table, layer_grid, number, option, out, plural, size, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def info(
             show_default=False,
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Annotated[bool, option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Describe an adapter, a memory or a saved chat, and its health.
 

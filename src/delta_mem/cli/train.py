@@ -24,7 +24,18 @@ import typer
 from rich.console import Console
 
 from ..config import DeltaMemConfig
-from .common import INTERRUPTED, Dtype, complain, err, load_backbone, new_folder, option, out, plural
+from .common import (
+    INTERRUPTED,
+    Dtype,
+    DtypeOption,
+    complain,
+    err,
+    load_backbone,
+    new_folder,
+    option,
+    out,
+    plural,
+)
 
 if TYPE_CHECKING:
     from ..model import DeltaMemModel
@@ -247,14 +258,7 @@ def train(
     accumulate: Annotated[
         int, option(help="Forward passes per step.", metavar="N", min=1, show_default=True)
     ] = 4,
-    dtype: Annotated[
-        Dtype,
-        option(
-            metavar="NAME",
-            help="The backbone's: float32, bfloat16, float16; auto: as saved (offline: float32).",
-            show_default=True,
-        ),
-    ] = Dtype.auto,
+    dtype: DtypeOption = Dtype.auto,
     gradient_checkpointing: Annotated[
         bool,
         option(
