@@ -148,10 +148,11 @@ def test_a_streamer_of_ones_own(token_model):
         list(session(token_model).stream(LINES[0], streamer=collect))
 
 
+@pytest.mark.parametrize("kind", ["static", "sliding_window", "hybrid_chunked"])
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
-def test_a_static_cache_and_a_reply_that_ends_by_length(family):
+def test_a_static_cache_and_a_reply_that_ends_by_length(family, kind):
     model = make(family=family)
-    plain, static = session(model), session(model, cache_implementation="static")
+    plain, static = session(model), session(model, cache_implementation=kind)
     for line in LINES[:2]:
         assert static.send(line) == plain.send(line)
     same(static.memory, plain.memory)
@@ -284,7 +285,7 @@ def test_a_session_that_cannot_forget_remembers_it_all(token_model, monkeypatch)
     def full(self):
         raise MemoryError
 
-    monkeypatch.setattr(dm.MemoryState, "reset", full)
+    monkeypatch.setattr(dm.DeltaMemModel, "new_memory", full)
     with pytest.raises(MemoryError):
         chat.reset()
     assert chat.messages == messages
@@ -299,6 +300,41 @@ def test_saving_leaves_files_that_are_not_its_own(token_model, tmp_path):
     for _ in range(2):
         chat.save(tmp_path)
     assert own.exists() and len(os.listdir(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("when", ["placing its memory", "placing session.json"])
+def test_two_that_save_at_once_leave_a_whole_session(token_model, tmp_path, monkeypatch, when):
+    one, other = session(token_model), session(token_model)
+    for chat in (one, other):
+        chat.send(LINES[0])
+    one.save(tmp_path)
+    replace = os.replace
+
+    def slow(source, target):
+        if (os.path.basename(target) == "session.json") == (when == "placing session.json"):
+            monkeypatch.setattr(os, "replace", replace)
+            one.save(tmp_path)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", slow)
+    other.save(tmp_path)
+    loaded = dm.ChatSession.load(tmp_path, token_model, TOKENIZER)
+    same(loaded.memory, other.memory)
+
+
+def test_a_session_that_is_saved_anew_while_it_is_loaded(token_model, tmp_path, monkeypatch):
+    chat = session(token_model)
+    chat.send(LINES[0])
+    chat.save(tmp_path)
+    load = dm.MemoryState.load
+
+    def late(path, *args):
+        monkeypatch.setattr(dm.MemoryState, "load", load)
+        chat.save(tmp_path)  # which takes the file at `path` away
+        return load(path, *args)
+
+    monkeypatch.setattr(dm.MemoryState, "load", staticmethod(late))
+    same(dm.ChatSession.load(tmp_path, token_model, TOKENIZER).memory, chat.memory)
 
 
 def test_a_session_is_not_saved_onto_a_file(token_model, tmp_path):
@@ -432,6 +468,18 @@ def test_system_roles_stay_in_the_context_and_are_not_written(role, model, monke
     assert [message["content"] for message in context] == ["Be kind.", "Be brief.", LINES[1]]
     chat.reset()
     assert [message["content"] for message in chat.messages] == ["Be kind.", "Be brief."]
+
+
+def test_a_segment_left_open_before_the_chat_is_none_of_its_messages():
+    model = make("message")
+    memory, ids = model.new_memory(), torch.randint(3, 100, (1, 10))
+    model.write(memory, ids, keep_segment_open=True)
+    closed = memory.fork()
+    model.close_segment(closed)
+    one, other = session(model, memory=memory), session(model, memory=closed)
+    for chat in (one, other):
+        chat.add("user", LINES[0])
+    same(one.memory, other.memory)
 
 
 def test_a_template_without_a_system_role_says_so_itself(token_model):

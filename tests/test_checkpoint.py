@@ -198,6 +198,9 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path):
     dm.DeltaMemModel(backbone("qwen3")).save_pretrained(tmp_path)
     with pytest.raises(dm.AdapterFormatError, match="this backbone and config need"):
         dm.DeltaMemModel.from_pretrained(backbone("qwen3", hidden_size=64), tmp_path)
+    dm.DeltaMemModel(backbone("qwen3"), dm.DeltaMemConfig(layers=(1, 3))).save_pretrained(tmp_path)
+    with pytest.raises(dm.AdapterFormatError, match=r"layers: this backbone has no attention layer \[3\]"):
+        dm.DeltaMemModel.from_pretrained(backbone("qwen3", num_hidden_layers=2), tmp_path)
 
 
 class Payload:

@@ -45,6 +45,19 @@ def seeded(frozen, config=TOKEN):
     return dm.DeltaMemModel(frozen, config)
 
 
+def test_the_first_columns_know_no_dropout():
+    config = dm.DeltaMemConfig(init="base_slice")
+    still = dm.DeltaMemModel(lora(backbone("qwen3")), config).adapters["0"].delta_q
+    torch.manual_seed(7)
+    dropping = get_peft_model(
+        backbone("qwen3"),
+        LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False, lora_dropout=0.9),
+    ).train()
+    modes = [module.training for module in dropping.modules()]
+    assert torch.equal(dm.DeltaMemModel(dropping, config).adapters["0"].delta_q, still)
+    assert [module.training for module in dropping.modules()] == modes
+
+
 def test_lora_first_or_memory_first():
     frozen = backbone("qwen3")
     plain = run(seeded(frozen))

@@ -333,6 +333,8 @@ def test_refusals_and_failures_change_nothing(token_model):
         (ValueError, dict(use_cache=False)),
         (ValueError, dict(custom_generate=lambda **kwargs: None)),
         (ValueError, dict(cache_implementation="paged")),
+        (ValueError, dict(token_healing=True)),
+        (TypeError, dict(keep_segment_open=torch.tensor([True, False]))),
         (ValueError, dict(no_such_keyword=1)),
         (KeyboardInterrupt, dict(stopping_criteria=[Fails()])),
     ):

@@ -1,5 +1,7 @@
 """What a `DeltaMemModel` is made of, what it starts from, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, StaticCache
@@ -94,6 +96,46 @@ def test_weights_changed_unseen_are_seen_in_the_next_mode():
         assert torch.equal(model(IDS).logits, expected(IDS).logits) and not torch.equal(
             before, model(IDS).logits
         )
+
+
+@pytest.mark.parametrize("way", ["all", "adapters", "an adapter"])
+def test_weights_loaded_into_a_model_made_in_inference_mode(way):
+    config = dm.DeltaMemConfig(init="random", init_gain=0.5)
+    with torch.inference_mode():  # torch counts no changes of its tensors
+        model, other = (dm.DeltaMemModel(backbone("qwen3").to(torch.bfloat16), config) for _ in range(2))
+        model(IDS)
+        if way == "all":
+            model.load_state_dict(other.state_dict())
+        elif way == "adapters":
+            model.adapters.load_state_dict(other.adapters.state_dict())
+        else:
+            model.load_weights(other.to_adapter())
+        assert torch.equal(model(IDS).logits, other(IDS).logits)
+
+
+def test_a_copy_made_while_the_memory_is_off():
+    model = dm.DeltaMemModel(backbone("qwen3"))
+    with model.disable_adapter():
+        twin = copy.deepcopy(model)
+    assert int(twin.write(twin.new_memory(), IDS[:1]).tokens_written) == IDS.shape[1]
+
+
+def test_a_decoder_inside_the_base_model():
+    frozen = backbone(
+        "opt",
+        ffn_dim=32,
+        word_embed_proj_dim=48,
+        intermediate_size=None,
+        num_key_value_heads=None,
+        head_dim=None,
+    )
+    model = dm.DeltaMemModel(frozen, dm.DeltaMemConfig(init="random", init_gain=0.5))
+    memory, whole = model.new_memory(2), model.new_memory(2)
+    out = model.generate(IDS, memory=memory, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        model(out[:, :-1], memory=whole)
+    for index, state in whole.layers.items():
+        torch.testing.assert_close(memory.layers[index], state, atol=1e-4, rtol=1e-4)
 
 
 def test_a_memory_on_a_memory_is_refused():

@@ -100,6 +100,19 @@ def test_an_open_segment_can_be_closed_by_hand(model):
     same(opened, closed)
 
 
+def test_what_is_generated_does_not_go_on_with_an_open_segment(model):
+    results = []
+    for segment in (0, 1, 7):
+        memory = model.new_memory()
+        call(model, memory, IDS, torch.full_like(SEGMENTS, segment), keep_segment_open=True)
+        nobody = torch.zeros_like(IDS, dtype=torch.bool)
+        options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        model.generate(IDS, memory=memory, write=nobody, **options)
+        results.append(memory)
+    for other in results[1:]:
+        same(results[0], other)
+
+
 def test_reading_in_between_leaves_an_open_segment_alone(model):
     straight, interrupted = model.new_memory(), model.new_memory()
     for memory in (straight, interrupted):

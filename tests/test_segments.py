@@ -381,6 +381,21 @@ def test_a_content_that_the_template_drops():
         encode_messages(tiny_tokenizer(template), [user("a"), assistant("b")])
 
 
+def test_a_system_prompt_that_the_template_shows_before_an_answer_only():
+    template = CHATML.replace(
+        "<|im_start|>{{ message.role }}",
+        "{% if message.role != 'system' or messages[-1].role == 'user' %}<|im_start|>{{ message.role }}",
+    ).replace("<|im_end|>\n", "<|im_end|>\n{% endif %}", 1)
+    tokenizer, chat = tiny_tokenizer(template), [dict(role="system", content="Be brief."), user("a")]
+    assert 0 in encode_messages(tokenizer, chat, add_generation_prompt=True).message_ids
+    ids, segments, owners = encode_messages(tokenizer, [*chat, assistant("b")])
+    assert set(segments.tolist()) == {-1, 0, 1} and set(owners.tolist()) == {-1, 1, 2}
+    assert "Be brief." not in tokenizer.decode(ids)
+    never = tiny_tokenizer(template.replace("messages[-1].role == 'user'", "false"))
+    with pytest.raises(ValueError, match=r"message 0 \(system\).*leaves its content out"):
+        encode_messages(never, chat, add_generation_prompt=True)
+
+
 def test_a_tokenizer_without_chat_template():
     tokenizer = tiny_tokenizer(chat_template=None)
     with pytest.raises(ValueError, match="no chat template: set"):

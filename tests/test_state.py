@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load, save
 
 import delta_mem as dm
+from delta_mem.files import checksum
 from delta_mem.state import read_metadata
 from families import backbone
 
@@ -146,6 +147,13 @@ def tamper(data, **changes):
     return save(tensors, metadata)
 
 
+def signed(data, **tensors):
+    """The memory file `data` with other tensors, and with the checksum that goes with them."""
+    kept = {**load(data), **tensors}
+    kept = {name: tensor for name, tensor in kept.items() if tensor is not None}
+    return save(kept, {**read_metadata(data), "sha256": checksum(kept)})
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -158,7 +166,15 @@ def tamper(data, **changes):
         (lambda data: tamper(data, adapter=None), "adapter"),
         (lambda data: tamper(data, layers="[0]"), "layers"),
         (lambda data: tamper(data, layers="[0"), "layers"),
+        (lambda data: tamper(data, layers="[0, 1, 2, 2]"), "layers"),
+        (lambda data: tamper(data, layers='"0123"'), "layers"),
         (lambda data: tamper(data, segment_features="many"), "segment_features"),
+        (lambda data: tamper(data, segment_features="²"), "segment_features"),
+        (lambda data: tamper(data, segment_features="9" * 12), "segment_features"),
+        (lambda data: signed(data, tokens_written=torch.ones(3)), "tokens_written"),
+        (lambda data: signed(data, tokens_written=-torch.ones(3, dtype=torch.int64)), "tokens_written"),
+        (lambda data: signed(data, open_sums=torch.zeros(4, 3, 1)), "open_sums"),
+        (lambda data: signed(data, open_sums=None, open_ids=torch.zeros(3)), "open_sums"),
         (lambda data: tamper(data, states=torch.zeros(2)), "states|sha256"),
     ],
 )
@@ -170,15 +186,8 @@ def test_a_broken_file_is_named_with_the_field(memory, tmp_path, change, field):
 
 
 def test_a_file_full_of_nan_is_refused(memory):
-    from delta_mem.files import checksum
-
-    data = memory.to_bytes()
     states = torch.full((4, 3, *memory.layers[0].shape[1:]), float("nan"))
-    changed = {"states": states, "tokens_written": memory.tokens_written}
-    if memory.open_segment is not None:
-        changed["open_sums"] = torch.stack(list(memory.open_segment.sums.values()))
-        changed["open_count"], changed["open_ids"] = memory.open_segment.count, memory.open_segment.ids
-    data = tamper(data, states=states, sha256=checksum(changed))
+    data = signed(memory.to_bytes(), states=states)
     with pytest.raises(dm.AdapterFormatError, match="layer 0 holds NaN"):
         dm.MemoryState.from_bytes(data)
 
@@ -269,6 +278,28 @@ def test_a_shallow_copy_shares_its_tensors(memory):
     assert twin.layers is not memory.layers
     assert all(twin.layers[index] is state for index, state in memory.layers.items())
     assert twin.adapter == memory.adapter
+
+
+def test_a_deep_copy_of_what_gradients_run_through(model):
+    memory = model.new_memory()
+    model(IDS[:1], memory=memory)
+    assert memory.layers[0].requires_grad
+    same(copy.deepcopy(memory), memory)
+
+
+def test_a_memory_is_saved_where_a_link_points(memory, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "memory")
+    for _ in range(2):
+        memory.save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+    same(dm.MemoryState.load(tmp_path / "memory"), memory)
+
+
+def test_rows_that_cannot_be_selected(memory):
+    with pytest.raises(IndexError, match="at least one row"):
+        memory.select([])
+    with pytest.raises(TypeError, match="rows must be integers, got torch.bool"):
+        memory.select([True, False, True])
 
 
 def test_the_same_weights_with_other_settings_are_another_adapter(model):

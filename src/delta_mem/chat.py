@@ -32,6 +32,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import TextStreamer
 
 from .errors import AdapterFormatError
@@ -189,9 +190,9 @@ class ChatSession:
             RuntimeError: the session is busy with another call.
         """
         with self._alone():
-            memory = self.memory.fork()
-            memory.reset()
-            self._commit(memory, [m for m in self.messages if m["role"] in SYSTEM_ROLES], None)
+            self._commit(
+                self.model.new_memory(), [m for m in self.messages if m["role"] in SYSTEM_ROLES], None
+            )
 
     def fork(self) -> ChatSession:
         """An independent session with the same past.
@@ -227,7 +228,8 @@ class ChatSession:
             memories = {"memory": self.memory}
             if self._before is not None:
                 memories["before"] = self._before[0]
-            # Named by its place in the conversation, so that an older save is never overwritten.
+            before = _files_of(folder)
+            # Never a name that there was: another save, earlier or at the same time, is not overwritten.
             files = {
                 name: f"{name}-{len(self.messages)}-{os.urandom(4).hex()}.safetensors" for name in memories
             }
@@ -244,9 +246,8 @@ class ChatSession:
             data = {folder / files[name]: memory.to_bytes() for name, memory in memories.items()}
             data[folder / SESSION_FILE] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             write_together(data)
-            for old in folder.glob("*-*-*.safetensors"):
-                if _SAVED.fullmatch(old.name) and old.name not in files.values():
-                    old.unlink(missing_ok=True)
+            for name in before:  # and no others: they may be those of a save that is not done yet
+                (folder / name).unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -265,17 +266,25 @@ class ChatSession:
         taken = sorted({"memory", "window", "system"}.intersection(generate_kwargs))
         if taken:
             raise TypeError(f"a saved chat brings its own {', '.join(taken)}; leave it out.")
-        folder, values = Path(path), read_session(path)
+        folder = Path(path)
 
         def memory(name):
             loaded = model.place(MemoryState.load(folder / name))
             model.check_memory(loaded, 1)
             return loaded
 
-        session = cls(model, tokenizer, memory(values["memory"]), values["window"], **generate_kwargs)
+        while True:
+            values = read_session(folder)
+            before = values["before"]
+            try:
+                now, then = memory(values["memory"]), None if before is None else memory(before["memory"])
+                break
+            except FileNotFoundError:  # they were there: another save has taken this one's place
+                continue
+        session = cls(model, tokenizer, now, values["window"], **generate_kwargs)
         session.messages = values["messages"]
-        if values["before"] is not None:
-            session._before = (memory(values["before"]["memory"]), values["before"]["messages"])
+        if before is not None:
+            session._before = (then, before["messages"])
         return session
 
     # ---- one turn --------------------------------------------------------------------------------
@@ -300,6 +309,7 @@ class ChatSession:
         before = None if options is None else (self.memory.fork(), first_new)
         ids, write, segments = self._context(messages, first_new, add_generation_prompt=options is not None)
         memory, device = self.memory.fork(), self.model.device
+        self.model.close_segment(memory)  # one that was open before the chat is no part of its messages
         inputs, write, segments = (torch.tensor([row], device=device) for row in (ids, write, segments))
         reply = ""
         with torch.no_grad():
@@ -373,7 +383,7 @@ class ChatSession:
         if config.pad_token_id is None:
             pad = self.tokenizer.pad_token_id
             config.pad_token_id = pad if pad is not None else next(iter(config.eos_token_id), 0)
-        if (config.cache_implementation or "").endswith("static"):
+        if config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
             # It is made to measure, without room for the last token, which is fed afterwards.
             length = config.max_length if config.max_new_tokens is None else prompt + config.max_new_tokens
             config.max_cache_len = max(length, config.max_cache_len or 0)
@@ -437,6 +447,10 @@ def read_session(path: str | os.PathLike) -> dict[str, Any]:
     folder = Path(path)
     file = folder / SESSION_FILE
     values = read_json(file)
+    while not all((folder / name).exists() for name in _named_by(values)):
+        seen, values = values, read_json(file)
+        if seen == values:  # else another save has taken this one's place
+            break
     check_header(file, values, FORMAT, FORMAT_VERSION, ("window", "messages", "memory", "before"))
     if not _are_messages(values["messages"]):
         wrong = "messages"
@@ -451,6 +465,20 @@ def read_session(path: str | os.PathLike) -> dict[str, Any]:
     else:
         return values
     raise AdapterFormatError(f"{file}: {wrong}: {str(values[wrong])[:60]} is not what save() writes.")
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The memories' files of the chat that is saved there, if one is."""
+    try:
+        return _named_by(read_json(folder / SESSION_FILE))
+    except (OSError, AdapterFormatError):
+        return []
+
+
+def _named_by(values: dict[str, Any]) -> list[str]:
+    before = values.get("before")
+    names = values.get("memory"), before.get("memory") if isinstance(before, dict) else None
+    return [name for name in names if isinstance(name, str) and _SAVED.fullmatch(name)]
 
 
 def _are_messages(value: Any) -> bool:

@@ -7,7 +7,7 @@ The mechanism that the fields shape is written down in `memory.py` and `ops/naiv
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -74,7 +74,8 @@ class DeltaMemConfig:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(number, TypeError, name, "a number", self)
-            _require(math.isfinite(value), ValueError, name, "a finite number", self)
+            finite = abs(value) <= sys.float_info.max  # an integer may be too large to ask math.isfinite
+            _require(finite, ValueError, name, "a finite number", self)
             object.__setattr__(self, name, float(value))
         for name in ("tied_gates", "per_row_gates", "o_norm"):
             _require(isinstance(getattr(self, name), bool), TypeError, name, "True or False", self)

@@ -24,6 +24,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
 
 def write_together(files: Mapping[str | os.PathLike, bytes | str]) -> None:
     """Writes `{path: data}`. The files take their places at the end, in their order, when all are written."""
+    files = {os.path.realpath(path) if os.path.islink(path) else path: data for path, data in files.items()}
     temporaries: dict[str | os.PathLike, str] = {}
     try:
         for path, data in files.items():

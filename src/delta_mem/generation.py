@@ -71,6 +71,10 @@ class MemoryLayer(CacheLayerMixin):
         self.coupling = coupling
         self.alive = torch.ones_like(mask[:, :1])
         self.generated_id = segment_ids.amax(1, keepdim=True).clamp(min=-1) + 1
+        if memory.open_segment is not None:  # which the generated tokens do not go on with
+            before = memory.open_segment
+            after_open = before.ids.masked_fill(before.count == 0, -1).unsqueeze(1) + 1
+            self.generated_id = torch.maximum(self.generated_id, after_open.to(segment_ids))
         self.fed = 0  # tokens of the prompt that went through; stands still while decoding
         self.history: list[MemoryState] | None = [] if keep_history else None
         self.keep_inputs = keep_inputs
@@ -235,6 +239,8 @@ def generate(
     """
     if kwargs.get("custom_generate") is not None:
         raise ValueError("generate(custom_generate=…) does not go together with a memory.")
+    if kwargs.get("token_healing") or getattr(kwargs.get("generation_config"), "token_healing", False):
+        raise ValueError("generate(token_healing=True) does not go together with a memory.")
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError("generate(cache_implementation='paged') does not go together with a memory.")
     # A callable custom_generate is not handed these, so they are handed on here.

@@ -292,9 +292,13 @@ class DeltaMemory(nn.Module):
             kept = self._casts[name] = (weight, source, weight.to(dtype))
         return kept[2]
 
-    def train(self, mode: bool = True) -> DeltaMemory:
-        """As `nn.Module.train`. Casts are made anew: weights may have been changed unseen."""
+    def forget_casts(self) -> None:
+        """Has them made anew when next needed: weights may have been changed unseen."""
         self._casts.clear()
+
+    def train(self, mode: bool = True) -> DeltaMemory:
+        """As `nn.Module.train`. Casts are made anew."""
+        self.forget_casts()
         return super().train(mode)
 
     def close_segment(self, state: Tensor, open_sum: Tensor, count: Tensor) -> Tensor:

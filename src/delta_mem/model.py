@@ -37,7 +37,7 @@ from .backbones import (
 )
 from .checkpoint import Adapter
 from .config import DeltaMemConfig
-from .errors import IncompatibleMemoryError, UnsupportedBackboneError
+from .errors import AdapterFormatError, IncompatibleMemoryError, UnsupportedBackboneError
 from .memory import DeltaMemory, MemoryTrace, version
 from .state import MemoryState, OpenSegment
 
@@ -73,7 +73,7 @@ class DeltaMemModel(nn.Module):
         found = find_attention_layers(backbone)
         model = causal_lm(backbone)
         # Not the causal LM: hooks of the module that generate compiles would be graphs of their own.
-        decoder = model.base_model
+        decoder = model.get_decoder()
         if generation.before_forward in decoder._forward_pre_hooks.values():
             raise ValueError("this backbone has a memory already; detach() that one first.")
         missing = [index for index in config.layers or () if index not in found]
@@ -94,13 +94,13 @@ class DeltaMemModel(nn.Module):
             )
         self.adapters = nn.ModuleDict({str(index): adapter for index, adapter in adapters.items()})
         for adapter in adapters.values():
-            adapter.register_load_state_dict_post_hook(self.forget_fingerprint)
+            adapter.register_load_state_dict_post_hook(self.forget_weights)
         self._coupling = Coupling(found, adapters, config.heads)
         self.backbone = backbone
         self.training = backbone.training  # not train(), which would change modules of the backbone
         self.adapters.train(backbone.training)
-        self.forget_fingerprint()
-        self._disabled: list[None] = []
+        self.forget_weights()
+        self._disabled = _Off()
         self._attached = True
         self._was_trainable = [p for p in backbone.parameters() if p.requires_grad]
         for parameter in self._was_trainable:
@@ -129,6 +129,11 @@ class DeltaMemModel(nn.Module):
             AdapterFormatError: a broken or foreign file, or one for another backbone.
         """
         adapter = checkpoint.load_adapter(path, **hub_kwargs)
+        beyond = sorted(set(adapter.config.layers or ()) - find_attention_layers(backbone).keys())
+        if beyond:
+            raise AdapterFormatError(
+                f"{adapter.source}: layers: this backbone has no attention layer {beyond}."
+            )
         model = cls(backbone, adapter.config, initialise=False)
         try:
             model.load_weights(adapter)
@@ -178,7 +183,7 @@ class DeltaMemModel(nn.Module):
             AdapterFormatError: it is for others, or a weight is not finite; nothing is changed.
         """
         adapter.copy_to(self.named_weights())
-        self.forget_fingerprint()
+        self.forget_weights()
 
     # ---- what it is ------------------------------------------------------------------------------
 
@@ -225,12 +230,14 @@ class DeltaMemModel(nn.Module):
 
     def train(self, mode: bool = True) -> DeltaMemModel:
         """As `nn.Module.train`. The fingerprint is computed anew: weights may have been changed unseen."""
-        self.forget_fingerprint()
+        self.forget_weights()
         return super().train(mode)
 
-    def forget_fingerprint(self, *_: Any) -> None:
-        """Has it computed anew when next asked for: the weights have changed."""
+    def forget_weights(self, *_: Any) -> None:
+        """Has all that was made of the weights, fingerprint and casts, made anew: they have changed."""
         self._fingerprint = None
+        for adapter in self.adapters.values():
+            adapter.forget_casts()
 
     def named_weights(self) -> dict[str, Tensor]:
         """{"layers.<index>.<name>": tensor}: the adapter's weights as files name them; views."""
@@ -465,8 +472,8 @@ class DeltaMemModel(nn.Module):
             write: over the prompt, as in `forward`; generated tokens are written, but with
                 `write=False` nothing is.
             segment_ids: over the prompt, as in `forward`. The generated tokens are one segment, whose
-                id is one above the prompt's largest.
-            keep_segment_open: leave the generated tokens' segment open.
+                id is one above the prompt's largest and that of a segment left open.
+            keep_segment_open: leave the generated tokens' segment open; one bool for all rows.
             kwargs: any of `generate`'s.
 
         Raises:
@@ -476,6 +483,8 @@ class DeltaMemModel(nn.Module):
         if self._disabled:
             return self.backbone.generate(inputs, **kwargs)
         self._check_attached()
+        if not isinstance(keep_segment_open, bool):
+            raise TypeError("keep_segment_open must be True or False in generate, for all rows alike.")
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         shape = self._check_inputs(inputs, kwargs.get("inputs_embeds"))
         if inputs is not None:
@@ -610,6 +619,13 @@ class DeltaMemModel(nn.Module):
             if theirs != ours:
                 return f"the memory's open segments are {theirs} wide, the adapter's {ours}."
         return None
+
+
+class _Off(list):
+    """As long as there are threads within `disable_adapter`, in which a copy is not."""
+
+    def __reduce__(self) -> tuple:
+        return _Off, ()
 
 
 def _new_adapter(layer: Any, config: DeltaMemConfig, initialise: bool) -> DeltaMemory:

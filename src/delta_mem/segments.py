@@ -110,7 +110,8 @@ def encode_messages(
 
     A content counts as the template renders it: where the template trims it, or leaves out the
     reasoning of an older answer (`<think>…</think>`), only what is left is in a segment. A message
-    without content (a tool call, an empty string) has no segment.
+    without content (a tool call, an empty string) has no segment, nor a system prompt that the template
+    shows before an answer only.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
@@ -123,7 +124,7 @@ def encode_messages(
 
     Raises:
         ValueError: no chat template, an unknown `write`, or a message whose content the template
-            leaves out (the message's index is named).
+            leaves out (the message's index is named); of system prompts only where an answer is to come.
         TypeError: a content that is neither a string nor None.
         jinja2.TemplateError: the template refuses the messages, e.g. for the order of roles.
     """
@@ -149,7 +150,10 @@ def encode_messages(
     text = render(messages)
     spans: list[_Span] = []
     segment = 0
-    for index, (start, end) in _find_contents(render, text, messages):
+    required = set(range(len(messages)))
+    if not add_generation_prompt:
+        required = {i for i in required if messages[i].get("role") not in SYSTEM_ROLES}
+    for index, (start, end) in _find_contents(render, text, messages, required):
         pieces = _segments(text, start, end, write, segment, index)
         if messages[index].get("role") in SYSTEM_ROLES:
             pieces = [piece._replace(segment=-1) for piece in pieces]
@@ -185,9 +189,11 @@ def _segments(text, start, end, write, segment, message) -> list[_Span]:
 
 
 def _find_contents(
-    render: Callable, text: str, messages: Sequence[dict]
+    render: Callable, text: str, messages: Sequence[dict], required: set[int]
 ) -> list[tuple[int, tuple[int, int]]]:
     """(message index, (start, end)) of every content in `text` = render(messages), in text order.
+
+    Those of messages that are not `required` may be absent.
 
     Not by searching for the contents: "user" is also a role header, two messages may be equal, and
     some templates move the system prompt. Rendering with marks around the contents tells where each
@@ -198,7 +204,7 @@ def _find_contents(
         for index, message in enumerate(messages)
         if (message.get("content") or "").strip()
     }
-    found: dict[int, tuple[int, int]] = {}
+    found: dict[int, tuple[int, int] | None] = {}
     undecided = [list(contents)]
     unmarkable = []
     while undecided:
@@ -215,20 +221,26 @@ def _find_contents(
     # A template may look at how a content begins (to Qwen3, a user's "<tool_response>" is no
     # question), and a mark there changes its mind. Only such contents are searched for.
     for index in sorted(unmarkable):
-        after = max((end for other, (_, end) in found.items() if other < index), default=0)
-        before = min((start for other, (start, _) in found.items() if other > index), default=None)
+        after = max((place[1] for other, place in found.items() if place and other < index), default=0)
+        before = min((place[0] for other, place in found.items() if place and other > index), default=None)
         for content in (contents[index], contents[index].strip()):
             start = text.find(content, after, before)
             if start >= 0:
                 found[index] = (start, start + len(content))
                 break
         else:
+            found[index] = None
+    for index in sorted(required.intersection(found)):
+        if found[index] is None:
             raise _not_found(index, messages)
-    return sorted(found.items(), key=lambda item: item[1])
+    return sorted(((index, place) for index, place in found.items() if place), key=lambda item: item[1])
 
 
 def _find_by_marks(render, text, messages, contents: dict[int, str]) -> dict | None:
-    """Where these contents are in `text`, or None if marking them changes more than the marks."""
+    """Where these contents are in `text`, each perhaps nowhere (None).
+
+    None for all of them if marking them changes more than the marks.
+    """
     # Marks outside a content keep a template from trimming it; the second time they are inside the
     # surrounding whitespace.
     for cores in (contents, {index: content.strip() for index, content in contents.items()}):
@@ -246,7 +258,8 @@ def _find_by_marks(render, text, messages, contents: dict[int, str]) -> dict | N
     for index, core in cores.items():
         end = ends.get(index)
         if end is None:
-            raise _not_found(index, messages)
+            located[index] = None
+            continue
         start = starts[index] if index in starts else _start_of_rest(core, text, end)
         located[index] = (start, end)
     return located

@@ -138,9 +138,14 @@ class MemoryState:
         """The rows with these indices (int64 [n]), in their order, with repeats. Always a copy.
 
         Raises:
-            IndexError: no such row.
+            IndexError: no such row, or none at all.
+            TypeError: rows that are no integers.
         """
         rows = torch.as_tensor(rows)
+        if rows.numel() == 0:
+            raise IndexError("select needs at least one row.")
+        if rows.dtype == torch.bool or rows.is_floating_point():
+            raise TypeError(f"rows must be integers, got {rows.dtype}.")
         return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     @staticmethod
@@ -203,7 +208,7 @@ class MemoryState:
         torch._foreach_copy_(olds, news)
 
     def reset(self) -> None:
-        """Forgets everything: back to zeros, in place."""
+        """Forgets everything: back to zeros, in place. It is still of the adapter that it was of."""
         blank = self._map(torch.zeros_like)
         blank.created = _now()
         if blank.open_segment is not None:
@@ -214,6 +219,9 @@ class MemoryState:
         """Cuts the memory's past out of autograd, in place; values stay. Returns the memory itself."""
         self.assign(self._map(torch.Tensor.detach))
         return self
+
+    def __deepcopy__(self, memo: dict) -> MemoryState:
+        return self.fork()  # also where gradients are recorded, of which torch copies none
 
     def __copy__(self) -> MemoryState:
         """A memory with the same tensors."""
@@ -387,24 +395,41 @@ def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str])
 
     fields = ("adapter", "backbone", "layers", "segment_features", "created", "sha256")
     check_header(name, metadata, FORMAT, FORMAT_VERSION, fields)
-    for field in ("states", "tokens_written"):
-        if field not in tensors:
-            fail(field, "missing.")
+    if "states" not in tensors:
+        fail("states", "missing.")
     if checksum(tensors) != metadata["sha256"]:
         fail("sha256", "the contents are not those that were saved.")
     states = tensors["states"]
-    try:
-        indices = [int(index) for index in json.loads(metadata["layers"])]
-    except (TypeError, ValueError):
-        fail("layers", f"{metadata['layers']!r} is no list of layer indices.")
-    if not metadata["segment_features"].isdigit():
-        fail("segment_features", f"{metadata['segment_features']!r} is no number.")
     if states.dtype != torch.float32 or states.dim() != 5 or states.shape[-1] != states.shape[-2]:
         fail("states", f"{states.dtype} {list(states.shape)} is not float32 [layers, batch, states, r, r].")
-    if len(indices) != states.shape[0]:
-        fail("layers", f"names {len(indices)} layers, states holds {states.shape[0]}.")
-    if tensors["tokens_written"].shape != states.shape[1:2]:
-        fail("tokens_written", f"{list(tensors['tokens_written'].shape)} is not [batch].")
+    layers, batch, num_states, rank, _ = states.shape
+    try:
+        indices = json.loads(metadata["layers"])
+    except ValueError:
+        indices = None
+    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+        fail("layers", f"{metadata['layers']!r} is no list of layer indices.")
+    if not 0 < len(set(indices)) == layers:
+        fail("layers", f"names {len(set(indices))} layers, states holds {layers}.")
+    features, width = metadata["segment_features"], num_states * rank
+    # Of keys, values, and one or two gates per state or per row.
+    if features not in ("0", *map(str, range(2 * width + num_states, 4 * width + 1))):
+        fail("segment_features", f"{features!r} is none of a state of {num_states} times {rank} rows.")
+    whole = {"tokens_written": (torch.int64, [batch])}
+    if any(name.startswith("open_") for name in tensors):
+        whole |= {
+            "open_sums": (torch.float32, [layers, batch, int(features)]),
+            "open_count": (torch.int64, [batch]),
+            "open_ids": (torch.int64, [batch]),
+        }
+    for field, (dtype, shape) in whole.items():
+        tensor = tensors.get(field)
+        if tensor is None:
+            fail(field, "missing.")
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            fail(field, f"{tensor.dtype} {list(tensor.shape)} is not {dtype} {shape}.")
+        if dtype == torch.int64 and field != "open_ids" and (tensor < 0).any():
+            fail(field, "is negative.")
     for index, state in zip(indices, states, strict=True):
         if not torch.isfinite(state).all():
             fail("states", f"layer {index} holds NaN or infinity.")
