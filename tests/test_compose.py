@@ -34,9 +34,9 @@ def same(actual, expected, **tolerance):
         torch.testing.assert_close(actual[1].layers[index], state, **tolerance)
 
 
-def lora(model):
+def lora(model, dropout=0.0):
     torch.manual_seed(7)
-    config = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    config = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False, lora_dropout=dropout)
     return get_peft_model(model, config).eval()
 
 
@@ -48,11 +48,7 @@ def seeded(frozen, config=TOKEN):
 def test_the_first_columns_know_no_dropout():
     config = dm.DeltaMemConfig(init="base_slice")
     still = dm.DeltaMemModel(lora(backbone("qwen3")), config).adapters["0"].delta_q
-    torch.manual_seed(7)
-    dropping = get_peft_model(
-        backbone("qwen3"),
-        LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False, lora_dropout=0.9),
-    ).train()
+    dropping = lora(backbone("qwen3"), dropout=0.9).train()
     modes = [module.training for module in dropping.modules()]
     assert torch.equal(dm.DeltaMemModel(dropping, config).adapters["0"].delta_q, still)
     assert [module.training for module in dropping.modules()] == modes
