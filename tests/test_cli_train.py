@@ -193,8 +193,10 @@ def test_training_an_adapter_on_keeps_its_settings(train, tmp_path):
     # Its recipe goes without the settings that the adapter brings.
     again = run("--config", tmp_path / "second" / "recipe.yaml", "--output", tmp_path / "third")
     assert load_adapter(tmp_path / "third").config == first.config, again.output
-    line = refusal(train("--init-from", tmp_path / "first", "--rank", 4, "--write", "token", name="fourth"))
-    assert "leave rank, write out" in line
+    agreed = "--init-from", tmp_path / "first", "--rank", 4
+    done(train(*agreed, "--steps", 1, name="fourth"))
+    line = refusal(train(*agreed, "--write", "token", name="fifth"))
+    assert line.endswith("the adapter's own settings: write is 'message', not 'token'.")
 
 
 # ---- stopping and going on -------------------------------------------------------------------------
@@ -299,26 +301,22 @@ def test_what_the_command_leaves_unsaid_is_the_librarys(tmp_path):
 
 
 def test_going_on_with_other_settings_is_told(train, files, tmp_path):
+    def resume(steps, *options, **trainer):
+        (tmp_path / "more.yaml").write_text(json.dumps({"trainer": trainer}))
+        given = "--resume", "--config", tmp_path / "more.yaml", "--steps", steps
+        return train(*given, *options, data="other.jsonl")
+
     done(train("--steps", 1))
     shutil.copy(files / "train.jsonl", files / "other.jsonl")
-    (tmp_path / "decay.yaml").write_text("trainer: {weight_decay: 0.1}")
-    other = (
-        "--resume",
-        "--seed",
-        5,
-        "--save-every",
-        3,
-        "--write-chunk",
-        64,
-        "--config",
-        tmp_path / "decay.yaml",
-    )
-    again = done(train("--steps", 2, *other, data="other.jsonl")).stderr
+    line = refusal(resume(2, weight_decay=0.1))
+    assert "begun with trainer.weight_decay 0.0; --resume goes on with that, not 0.1" in line
+    other = "--seed", 5, "--save-every", 3, "--write-chunk", 64
+    again = done(resume(2, *other, max_grad_norm=0.5, weight_decay=0.0)).stderr
     assert f"--data {files / 'other.jsonl'}, so far {files / 'train.jsonl'}" in again
-    assert "--seed 5, so far 42" in again and "save-every" not in again
-    assert "--write-chunk 64, so far not set" in again
-    assert "trainer.weight_decay 0.1, so far not set" in again
-    assert "so far" not in done(train("--steps", 3, *other, data="other.jsonl")).stderr
+    assert "--seed 5, so far 42" in again and "--write-chunk 64, so far not set" in again
+    assert "trainer.max_grad_norm 0.5, so far 1.0" in again
+    assert "save-every" not in again and "weight_decay" not in again
+    assert "so far" not in done(resume(3, *other, max_grad_norm=0.5)).stderr
 
 
 def test_an_output_folder_is_not_written_over(train, tmp_path):
@@ -540,6 +538,8 @@ def test_a_runs_own_recipe_repeats_it(train, settings, tmp_path):
         ("write: both", "'both' is not one of"),
         ("batch-size: 0", "batch-size: "),
         ("trainer: {weight_decoy: 1}", "trainer.weight_decoy: unknown field"),
+        ("trainer: {logging_steps: often}", "trainer.logging_steps: 'often' is no float"),
+        ("trainer: {max_grad_norm: big}", "trainer.max_grad_norm: 'big' is no float"),
         ("trainer: {learning_rate: 1}", "trainer.learning_rate: is 'lr:' outside of trainer"),
         ("trainer: {disable_tqdm: true}", "trainer.disable_tqdm: is set by the command"),
         ("trainer: 3", "trainer: takes fields and their values"),
@@ -560,7 +560,7 @@ def test_a_wrong_recipe_is_refused_by_key(train, tmp_path, text, says):
     [
         ("adapter: {update: sometimes}", "update must be one of"),
         ("adapter: {gate_bias: low}", "gate_bias must be a number"),
-        ("trainer: {logging_steps: often}", "trainer: "),
+        ("trainer: {warmup_steps: [1]}", "trainer: "),
         ("trainer: {lr_scheduler_type: circle}", "circle"),
     ],
 )

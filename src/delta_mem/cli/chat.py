@@ -24,6 +24,7 @@ from .common import (
     complain,
     err,
     facts_table,
+    find_adapter,
     find_model,
     holds,
     layer_grid,
@@ -108,7 +109,7 @@ def chat(
     with user_errors():
         messages = None if window is None else parse_window(window)
         own = find_model(model, dtype)[1]
-        adapter = own.get(adapter, adapter) if adapter else next(iter(own.values()), None)
+        adapter = find_adapter(adapter, own) if adapter else next(iter(own.values()), None)
         with _loading(model):
             resume = session is not None and _holds_chat(session)
             loaded, tokenizer = _load(model, adapter, device, dtype)

@@ -22,6 +22,7 @@ from rich.text import Text
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+LOCK = ".lock"  # in a folder that a process has to itself
 OFFLINE = "offline"  # the model that comes with the package
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended, as of any program
 BARS = " ▁▂▃▄▅▆▇█"
@@ -110,7 +111,7 @@ def holds(folder: Path, file: str, what: str) -> bool:
         return True
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {what}; name another folder.")
     return False
 
@@ -209,12 +210,23 @@ def find_model(name: str, dtype: Dtype) -> tuple[str, dict[str, str], Dtype]:
     return str(FOLDER / "backbone"), {adapter: str(FOLDER / adapter) for adapter in ADAPTERS}, dtype
 
 
+def find_adapter(name: str, own: Mapping[str, str]) -> str:
+    """The folder or hub id of an adapter; of one that comes with the backbone, by its name in `own`.
+
+    Raises:
+        ValueError: neither that nor a folder, nor could it be on the hub.
+    """
+    if own and name not in own and "/" not in name and not Path(name).exists():
+        raise ValueError(f"the offline model's adapters are {', '.join(own)}, not {name!r}.")
+    return own.get(name, name)
+
+
 def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     """(model, tokenizer) of a local folder, a hub id, or `OFFLINE`.
 
     Raises:
         FileNotFoundError: a path that is not there, or neither that nor a repository on the hub.
-        ValueError, OSError: it cannot be loaded, or there is no such device.
+        ValueError, OSError: it cannot be loaded, has no tokenizer, or there is no such device.
     """
     import torch
     from safetensors import SafetensorError
@@ -241,6 +253,8 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
         logging.disable_progress_bar()  # a local file loads in the time that the status line shows
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not tokenizer("What is there?").input_ids:  # transformers makes an empty one where there is none
+            raise ValueError(f"{name} has no tokenizer; save one with it (tokenizer.save_pretrained).")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype.value, "auto"))
         if own:
             model.config._name_or_path = NAME  # not a folder of this machine

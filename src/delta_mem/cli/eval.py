@@ -33,6 +33,7 @@ from .common import (
     catch_interrupts,
     complain,
     err,
+    find_adapter,
     find_model,
     holds,
     load_backbone,
@@ -167,7 +168,7 @@ def evaluate(
         files = parse_data(data or [], chosen)
         backbone_name, own, dtype = find_model(model, dtype)
         adapters = {
-            label: own.get(name, name) for label, name in parse_adapters(adapter or list(own)).items()
+            label: find_adapter(name, own) for label, name in parse_adapters(adapter or list(own)).items()
         }
         options = SystemOptions(
             adapters=adapters,

@@ -30,6 +30,8 @@ from .common import (
     DtypeOption,
     complain,
     err,
+    find_adapter,
+    find_model,
     load_backbone,
     new_folder,
     option,
@@ -373,27 +375,45 @@ def _check_output(output: Path, resume: bool, loud: bool) -> str | None:
 
 
 def _adapter_config(context: typer.Context, settings: Mapping[str, Any]) -> DeltaMemConfig:
-    """Of a new adapter, or of that of --init-from."""
+    """Of a new adapter, or of that of --init-from, which what is given must agree with."""
     from ..checkpoint import load_adapter
 
     if settings["init_from"] is None:
         return make_adapter_config(settings)
-    given = [name for name in ADAPTER_FIELDS if context.get_parameter_source(name).name != "DEFAULT"]
-    given += ["adapter"] if settings["adapter"] else []
-    if given:
-        raise ValueError(f"--init-from brings the adapter's own settings; leave {', '.join(given)} out.")
-    return load_adapter(settings["init_from"]).config
+    config = load_adapter(_init_from(settings)).config
+    wanted = make_adapter_config(settings)
+    given = [name for option, name in ADAPTER_FIELDS.items() if _is_given(context, option)]
+    others = ", ".join(
+        f"{name} is {getattr(config, name)!r}, not {getattr(wanted, name)!r}"
+        for name in [*given, *settings["adapter"]]
+        if getattr(config, name) != getattr(wanted, name)
+    )
+    if others:
+        raise ValueError(f"--init-from brings the adapter's own settings: {others}.")
+    return config
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    return context.get_parameter_source(option).name != "DEFAULT"
+
+
+def _init_from(settings: Mapping[str, Any]) -> str:
+    return find_adapter(settings["init_from"], find_model(settings["model"], Dtype.auto)[1])
 
 
 # What may well differ from one part of a run to the next.
 _MAY_CHANGE = {"output", "steps", "epochs", "save_every", "report_to", *ADAPTER_FIELDS, *SECTIONS}
 
+# What a checkpoint's optimizer brings with it, whatever is asked for.
+_OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_KEPT = ("--lr", *(f"trainer.{name}" for name in _OPTIMIZER))
+
 
 def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) -> None:
-    """A run may go on with other settings, but hardly without knowing; its checkpoint has the learning rate.
+    """A run may go on with other settings, but hardly without knowing.
 
     Raises:
-        ValueError: another learning rate, which would be without effect.
+        ValueError: another setting of the optimizer, which would be without effect.
     """
     import yaml
 
@@ -403,24 +423,33 @@ def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) 
     if not isinstance(recipe, dict):
         return
     before = {str(name).replace("_", "-"): value for name, value in recipe.items()}
-    if before.get("lr", settings["lr"]) != settings["lr"]:
-        raise ValueError(
-            f"{output} was begun with --lr {before['lr']}; --resume goes on with that, not {settings['lr']}."
-        )
     now = _as_recipe(settings)
     values = {
         f"--{name}": (now.get(name), before.get(name))
         for name in {**before, **now}
         if name.replace("-", "_") not in _MAY_CHANGE
     }
-    fields, fields_before = settings["trainer"], before.get("trainer") or {}
+    fields, fields_before, unsaid = settings["trainer"], before.get("trainer") or {}, _trainer_defaults()
     for name in {**fields_before, **fields}:
-        values[f"trainer.{name}"] = fields.get(name), fields_before.get(name)
+        values[f"trainer.{name}"] = fields.get(name, unsaid[name]), fields_before.get(name, unsaid[name])
+    for name in _KEPT:
+        now, was = values.get(name, (None, None))
+        if now != was is not None:
+            raise ValueError(
+                f"{output} was begun with {name} {_spoken(was)}; --resume goes on with that, not "
+                f"{_spoken(now)}."
+            )
     others = [
         f"{name} {_spoken(now)}, so far {_spoken(was)}" for name, (now, was) in values.items() if now != was
     ]
     if loud and others:
         _warn(f"{output} goes on with other settings: {'; '.join(others)}")
+
+
+def _trainer_defaults() -> dict[str, Any]:
+    from ..training import MemoryTrainingArguments
+
+    return {f.name: f.default for f in dataclasses.fields(MemoryTrainingArguments)} | TRAINER_DEFAULTS
 
 
 def _spoken(value: Any) -> str:
@@ -456,7 +485,7 @@ def _load(
         err.print(f"Loading {name} …", style="dim", markup=False, soft_wrap=True)
     backbone, tokenizer = load_backbone(name, device, settings["dtype"])
     if settings["init_from"] is not None:
-        return DeltaMemModel.from_pretrained(backbone, settings["init_from"]), tokenizer
+        return DeltaMemModel.from_pretrained(backbone, _init_from(settings)), tokenizer
     set_seed(arguments.seed)
     return DeltaMemModel(backbone, adapter), tokenizer
 
@@ -668,7 +697,11 @@ def _read_section(section: str, values: Any, path: Path) -> dict[str, Any]:
         fields, options = dataclasses.fields(MemoryTrainingArguments), TRAINER_FIELDS
     if not isinstance(values, dict):
         raise ValueError(f"{path}: {section}: takes fields and their values.")
-    known = {field.name: str(field.type) for field in fields if field.init}
+    known = {
+        field.name: field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        for field in fields
+        if field.init
+    }
     own = {field: option.replace("_", "-") for option, field in options.items()}
     for name in values:
         if name in own:
@@ -677,7 +710,12 @@ def _read_section(section: str, values: Any, path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {section}.{name}: unknown field.")
         if section == "trainer" and name in OWN_FIELDS:
             raise ValueError(f"{path}: {section}.{name}: is set by the command.")
-    return {name: _number(value, known[name]) for name, value in values.items()}
+    values = {name: _number(value, known[name]) for name, value in values.items()}
+    for name, value in values.items():
+        kinds = known[name].removesuffix(" | None").split(" | ")
+        if section == "trainer" and isinstance(value, str) and {"int", "float", "bool"}.issuperset(kinds):
+            raise ValueError(f"{path}: {section}.{name}: {value!r} is no {' or '.join(kinds)}.")
+    return values
 
 
 def _as_given(value: Any, parameter: Any, context: typer.Context, where: str) -> Any:
