@@ -19,7 +19,7 @@ import delta_mem as dm
 from delta_mem.checkpoint import Adapter, load_adapter, save_official
 from delta_mem.cli.app import app
 from delta_mem.cli.chat import Conversation
-from delta_mem.cli.common import new_folder, printable, size
+from delta_mem.cli.common import alone_in, new_folder, printable, size
 from families import backbone
 from helpers import tiny_tokenizer
 
@@ -289,6 +289,34 @@ def test_forget_asks_first(talk, session, capsys):
     assert len(session.messages) == 2
     talk("/forget", "y")
     assert session.messages == [] and not any(state.any() for state in session.memory.layers.values())
+
+
+def test_a_chat_is_saved_after_every_message(session, tmp_path, monkeypatch):
+    counts = []
+
+    def lines():
+        for line in ("One.", "/fork", "Two.", "/back", "/window 3", "/regenerate", "/forget"):
+            yield line
+            saved = json.loads((tmp_path / "session.json").read_text())
+            counts.append((len(saved["messages"]), saved["window"]))
+
+    conversation = Conversation(session, None, interactive=False, folder=tmp_path)
+    monkeypatch.setattr(conversation, "_lines", lines)
+    conversation.run()
+    assert counts == [(2, 2)] * 4 + [(2, 3)] * 2 + [(0, 3)]
+
+
+def test_a_chat_that_is_open_elsewhere_is_left_alone(chat, files, tmp_path):
+    saved = tmp_path / "ada"
+    chat("My name is Ada.", options=("--session", saved))
+    assert sorted(entry.suffix for entry in saved.iterdir()) == [".json", ".safetensors", ".safetensors"]
+    before = (saved / "session.json").read_text()
+    with alone_in(saved):
+        words = "--model", files / "model", "--adapter", files / "adapter", "--session", saved
+        assert f"{saved} is in use by another delta-mem" in refused("chat", *words, input="Hello.\n")
+    assert (saved / "session.json").read_text() == before
+    chat("Hello.", options=("--session", saved))
+    assert len(json.loads((saved / "session.json").read_text())["messages"]) == 4
 
 
 def test_control_characters_do_not_reach_the_terminal():

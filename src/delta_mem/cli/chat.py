@@ -20,6 +20,7 @@ from .common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    alone_in,
     catch_interrupts,
     complain,
     err,
@@ -29,6 +30,7 @@ from .common import (
     holds,
     layer_grid,
     load_backbone,
+    new_folder,
     option,
     out,
     plural,
@@ -80,7 +82,7 @@ def chat(
         Path | None,
         option(
             metavar="DIR",
-            help="Go on with the chat saved in this folder, if any; save it there on leaving.",
+            help="Go on with the chat saved in this folder, if any; save it there after every message.",
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -106,12 +108,16 @@ def chat(
     options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if temperature is not None:
         options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with user_errors():
+    with user_errors(), contextlib.ExitStack() as held:
         messages = None if window is None else parse_window(window)
         own = find_model(model, dtype)[1]
         adapter = find_adapter(adapter, own) if adapter else next(iter(own.values()), None)
+        if session is not None:
+            _holds_chat(session)  # a wrong path shows here
+            held.enter_context(new_folder(session))
+            held.enter_context(alone_in(session))
+        resume = session is not None and _holds_chat(session)
         with _loading(model):
-            resume = session is not None and _holds_chat(session)
             loaded, tokenizer = _load(model, adapter, device, dtype)
         if adapter is None:
             err.print(
@@ -128,10 +134,9 @@ def chat(
             if system is not None:
                 err.print("note: --system is ignored, for the saved chat goes on as it was.", style="yellow")
         else:
-            if session is not None:
-                session.mkdir(parents=True, exist_ok=True)  # if this fails, then before the chat
             chosen = WINDOW if window is None else messages
             first = ChatSession(loaded, tokenizer, window=chosen, system=system, **options)
+        held = held.pop_all()
 
     conversation = Conversation(
         first, lambda path: ChatSession.load(path, loaded, tokenizer, **options), sys.stdin.isatty(), session
@@ -140,16 +145,17 @@ def chat(
         err.print(f"Going on with {session}: {_told(first)}.", markup=False, soft_wrap=True)
     if conversation.interactive:
         err.print("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.", style="dim")
-    try:
-        conversation.run()
-    finally:
-        if session is not None:
-            with user_errors():
-                conversation.sessions[0].save(session)
-            copy = " The copy is gone with this; /save keeps one." if len(conversation.sessions) > 1 else ""
-            err.print(
-                f"Saved {session}: {_told(conversation.sessions[0])}.{copy}", markup=False, soft_wrap=True
-            )
+    with held:
+        try:
+            conversation.run()
+        finally:
+            if session is not None:
+                with user_errors():
+                    conversation.sessions[0].save(session)
+                told = f"Saved {session}: {_told(conversation.sessions[0])}."
+                if len(conversation.sessions) > 1:
+                    told += " The copy is gone with this; /save keeps one."
+                err.print(told, markup=False, soft_wrap=True)
     if conversation.failed and not conversation.interactive:
         raise typer.Exit(1)
 
@@ -220,7 +226,7 @@ class Conversation:
         session: what to talk to.
         load: opens a saved chat.
         interactive: there is a person at a terminal.
-        folder: where the original is saved on leaving, if anywhere.
+        folder: where the original is saved whenever it has changed, if anywhere.
 
     Attributes:
         sessions: the original, then copies: forks and loaded chats; the last one is talked to.
@@ -286,6 +292,11 @@ class Conversation:
             except KeyboardInterrupt:
                 err.print("\nCtrl-D or /quit leaves.", style="dim")
 
+    def _keep(self) -> None:
+        """Saves the original, so that whatever ends the process loses nothing."""
+        if self.folder is not None and self.session is self.sessions[0]:
+            self.session.save(self.folder)
+
     def _say(self, text: str) -> None:
         with _first_interrupt_only(), contextlib.closing(self.session.stream(text)) as pieces:
             try:
@@ -299,6 +310,7 @@ class Conversation:
         print(flush=True)
         if self.interactive:
             print()
+        self._keep()
 
     # ---- /commands ---------------------------------------------------------------------------------
 
@@ -337,12 +349,13 @@ class Conversation:
             out.print("Nothing is forgotten.")
             return
         self.session.reset()
+        self._keep()
         out.print("Forgotten.")
 
     def _save(self, folder: str) -> None:
         place = Path(folder).resolve()
         if place == self.folder and self.session is not self.sessions[0]:
-            raise ValueError(f"the original is saved to {folder} on leaving; name another folder.")
+            raise ValueError(f"the original is saved to {folder}; name another folder.")
         if _holds_chat(place) and (self.session, place) not in self.own:
             if not self.interactive:
                 raise ValueError(f"{folder} holds another chat; name another folder.")
@@ -375,6 +388,7 @@ class Conversation:
 
     def _window(self, text: str) -> None:
         self.session.window = parse_window(text)
+        self._keep()
         out.print(f"The context keeps {_window_name(self.session.window)}.")
 
     def _regenerate(self) -> None:
@@ -383,6 +397,7 @@ class Conversation:
         print(printable(reply), flush=True)
         if self.interactive:
             print()
+        self._keep()
 
     def _help(self) -> None:
         rows = {f"/{name} {argument}": Text(does) for name, (argument, does) in COMMANDS.items()}

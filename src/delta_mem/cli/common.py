@@ -101,6 +101,27 @@ def new_folder(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other commands out of a folder.
+
+    Raises:
+        ValueError: another one is in it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another delta-mem; wait until it is done.") from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
 def holds(folder: Path, file: str, what: str) -> bool:
     """Whether a folder has the file that marks it as `what`.
 
