@@ -482,6 +482,17 @@ def test_a_segment_left_open_before_the_chat_is_none_of_its_messages():
     same(one.memory, other.memory)
 
 
+def test_a_context_longer_than_the_model_is_told(caplog):
+    frozen = backbone(
+        "qwen3", vocab_size=400, eos_token_id=TOKENIZER.eos_token_id, max_position_embeddings=64
+    )
+    chat = session(dm.DeltaMemModel(frozen), window=None)
+    chat.add("user", LINES[0])
+    assert not caplog.records
+    chat.add("assistant", "well " * 64)
+    assert "more than the model's 64 positions: keep fewer messages in it" in caplog.text
+
+
 def test_a_template_without_a_system_role_says_so_itself(token_model):
     chat = session(token_model, tokenizer=tiny_tokenizer(STRICT))
     with pytest.raises(TemplateError, match="roles must alternate"):
@@ -515,6 +526,7 @@ def test_sliding_window_backbones(family):
         (dict(window=1.5), "window"),
         (dict(memory="two rows"), r"memory\[i\]"),
         (dict(num_beams=2), "num_beams itself"),
+        (dict(windw=2, max_new_token=5), "max_new_token, windw: generate knows no such option"),
     ],
     ids=str,
 )

@@ -138,6 +138,14 @@ def test_a_decoder_inside_the_base_model():
         torch.testing.assert_close(memory.layers[index], state, atol=1e-4, rtol=1e-4)
 
 
+def test_write_wants_a_memory():
+    model = dm.DeltaMemModel(backbone("qwen3"))
+    with pytest.raises(TypeError, match="memory must be a MemoryState, got NoneType"):
+        model.write(None, IDS)
+    with pytest.raises(TypeError, match="got list"):
+        model.close_segment([])
+
+
 def test_a_memory_on_a_memory_is_refused():
     with pytest.raises(ValueError, match="a memory already"):
         dm.DeltaMemModel(dm.DeltaMemModel(backbone("qwen3")))

@@ -19,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import json
+import logging
 import os
 import queue
 import re
@@ -35,12 +37,15 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import TextStreamer
 
+from .backbones import causal_lm
 from .errors import AdapterFormatError
 from .files import check_header, read_json, write_together
 from .generation import end_tokens
 from .model import DeltaMemModel
 from .segments import SYSTEM_ROLES, Encoded, encode_messages
 from .state import MemoryState
+
+logger = logging.getLogger(__name__)
 
 # Keywords of generate that would make a turn something else than one reply to these messages.
 _OWN = {
@@ -75,7 +80,7 @@ class ChatSession:
         TypeError: a model that is no DeltaMemModel, a memory that is no MemoryState, or a system prompt that
             is no string.
         ValueError: no chat template, a memory of more than one row, a window below 1, or an option that the
-            chat decides itself.
+            chat decides itself or `generate` does not know.
         IncompatibleMemoryError: a memory of another adapter.
     """
 
@@ -97,7 +102,7 @@ class ChatSession:
                 f"a chat has a memory of one row, this one has {memory.batch_size}: pass memory[i]."
             )
         model.check_memory(memory, 1)
-        _check_options(generate_kwargs)
+        _check_options(model, generate_kwargs)
         self.model, self.tokenizer, self.memory = model, tokenizer, memory
         self.window = window
         self.messages = [] if system is None else [_message("system", system)]
@@ -257,7 +262,7 @@ class ChatSession:
 
         Raises:
             TypeError: a model that is no DeltaMemModel; or a memory, a window or a system prompt is given.
-            ValueError: no chat template, or an option that the chat decides itself.
+            ValueError: no chat template, or an option that the chat decides itself or `generate` knows not.
             FileNotFoundError: no session there.
             AdapterFormatError: a broken file; file and field are named.
             IncompatibleMemoryError: its memory was written by another adapter.
@@ -291,7 +296,7 @@ class ChatSession:
 
     def _reply(self, message: dict, generate_kwargs: dict, streamer=None, stop=None) -> str:
         """Takes `message` in, generates the reply and takes that in too."""
-        _check_options(generate_kwargs)
+        _check_options(self.model, generate_kwargs)
         options = {**self.generate_kwargs, **generate_kwargs}
         if streamer is not None and options.get("streamer") is not None:
             raise ValueError("stream() has a streamer of its own; pass streamer= to send().")
@@ -308,6 +313,12 @@ class ChatSession:
         """
         before = None if options is None else (self.memory.fork(), first_new)
         ids, write, segments = self._context(messages, first_new, add_generation_prompt=options is not None)
+        places = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if places is not None and len(ids) > places:
+            logger.warning(
+                "the context has %d tokens, more than the model's %d positions: keep fewer messages in it.",
+                len(ids), places,
+            )  # fmt: skip
         memory, device = self.memory.fork(), self.model.device
         self.model.close_segment(memory)  # one that was open before the chat is no part of its messages
         inputs, write, segments = (torch.tensor([row], device=device) for row in (ids, write, segments))
@@ -548,10 +559,17 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _check_options(model: DeltaMemModel, options: dict[str, Any]) -> None:
     taken = sorted(_OWN.intersection(options))
     if taken:
         raise ValueError(f"a chat decides {', '.join(taken)} itself; leave it out.")
+    backbone = causal_lm(model.backbone)
+    known = {*vars(GenerationConfig()), "tokenizer", "assistant_tokenizer"}
+    for function in (backbone.generate, backbone.forward):
+        known.update(inspect.signature(function).parameters)
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: generate knows no such option.")
 
 
 def _user_message(text: str) -> dict[str, str]:

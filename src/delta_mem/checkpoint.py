@@ -450,7 +450,7 @@ An online memory beside the attention layers of a frozen language model
 import delta_mem as dm
 from transformers import AutoModelForCausalLM
 
-backbone = AutoModelForCausalLM.from_pretrained({(name or "the-backbone")!r})
+backbone = AutoModelForCausalLM.from_pretrained({(name if on_hub else "path/or/hub-id of the backbone")!r})
 model = dm.DeltaMemModel.from_pretrained(backbone, "path/or/hub-id of this adapter")
 memory = model.new_memory()
 ```

@@ -431,6 +431,7 @@ class DeltaMemModel(nn.Module):
         Raises:
             As `forward`.
         """
+        _check_is_memory(memory)
         options = {
             "use_cache": False,
             **last_logits(self.backbone),
@@ -604,7 +605,7 @@ class DeltaMemModel(nn.Module):
             if state.shape != size or state.dtype is not torch.float32:
                 return (
                     f"the memory's layer {index} is {state.dtype} {list(state.shape)}, the adapter "
-                    f"needs float32 {list(size)}."
+                    f"needs torch.float32 {list(size)}."
                 )
             device = adapters[index].device
             if state.device != device:

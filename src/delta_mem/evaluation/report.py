@@ -92,7 +92,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         first = of_task[0]
-        questions = f"{first['questions']:,} questions about {first['conversations']:,} conversations"
+        questions = f"{_count(first, 'questions')} about {_count(first, 'conversations')}"
         parts.append(f"## {task}\n\nScore: {first['metric']}; {questions}.\n")
         parts.append(_table(COLUMNS, [cells(row) for row in of_task]))
         names = list(first["categories"])
@@ -175,3 +175,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.grid(alpha=0.3)
         line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _count(row: Row, things: str) -> str:
+    return f"{row[things]:,} {things if row[things] != 1 else things.removesuffix('s')}"
