@@ -4,12 +4,14 @@ from random import Random
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import delta_mem as dm
 from delta_mem.evaluation.scoring import contains
 from delta_mem.evaluation.systems import FullContext, Memory, NoContext
 from delta_mem.evaluation.tasks.recall import ask, conversation, held_out
 from delta_mem.offline import ADAPTERS, FOLDER
+from delta_mem.segments import encode_messages, writing
 from delta_mem.training import Episode, EpisodeCollator, EpisodeObjective, Question, encode_episode
 
 OPTIONS = {"max_new_tokens": 16, "batch_size": 16}
@@ -41,6 +43,33 @@ def test_a_chat_remembers_what_left_its_context():
             right += contains(question.value, chat.fork().send(question.query))
             asked += 1
     assert right / asked >= 0.9
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_chats_in_one_batch_are_as_each_alone(name):
+    model, tokenizer = dm.load_offline_model(name)
+    write, chats = model.delta_config.write, []
+    for fact in ("My mother lives in Oslo.", "My brother's favourite sport is skiing.", "I am a nurse."):
+        chats.append(dm.ChatSession(model, tokenizer, window=1, max_new_tokens=16))
+        chats[-1].send(fact)
+    questions = ["Where does my mother live?", "What is my brother's favourite sport?", "What is my job?"]
+    memory = dm.MemoryState.stack(chat.memory for chat in chats)
+    turns = [encode_messages(tokenizer, [dict(role="user", content=q)], write, True) for q in questions]
+    ids, segments, mask = (
+        pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+        for rows, value in (
+            ([turn.input_ids for turn in turns], tokenizer.pad_token_id),
+            ([turn.segment_ids for turn in turns], -1),
+            ([torch.ones_like(turn.input_ids) for turn in turns], 0),
+        )
+    )
+    options = dict(segment_ids=segments, write=writing(segments, write), max_new_tokens=16)
+    out = model.generate(ids, attention_mask=mask, memory=memory, **options)
+    replies = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    assert replies == [chat.send(question) for chat, question in zip(chats, questions, strict=True)]
+    for row, chat in enumerate(chats):
+        for layer, state in chat.memory.layers.items():
+            torch.testing.assert_close(memory.layers[layer][row], state[0], atol=1e-4, rtol=1e-4)
 
 
 def test_what_the_readme_says_of_it():
