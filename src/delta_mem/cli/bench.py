@@ -36,10 +36,10 @@ def bench(
         Path | None, option(metavar="FILE", help="Write the rows and the machine to this JSON file.")
     ] = None,
 ) -> None:
-    """Measure what the memory costs on this machine, against the frozen model and LoRA.
+    """Measure what the memory costs on this machine.
 
-    Variants take turns, so that a busy machine slows all of them; read the ratios. On a CPU a small Qwen3 is
-    measured, on a GPU the shape of Qwen3-4B; weights are random.
+    It is compared with the frozen model and LoRA, in turn, so that a busy machine slows all; read the ratios.
+    On a CPU a small Qwen3 is measured, on a GPU the shape of Qwen3-4B; weights are random.
 
     Example: delta-mem bench model --rounds 15 --output bench.json
     """

@@ -52,11 +52,11 @@ def demo(
         option(metavar="FILE", help="Draw the recall table to this file (.png, .svg, .pdf)."),
     ] = None,
 ) -> None:
-    """See a fact remembered when the history is gone: offline, in under a minute.
+    """See facts remembered when the history is gone, offline.
 
-    A small model that comes with the package is told a few facts. Then its context is cleared and it is
-    asked: without the history, with all of it, and with nothing but the memory. A table of recall follows,
-    measured on the spot on conversations that it never saw.
+    In under a minute. A small model that comes with the package is told a few facts. Then its context is
+    cleared and it is asked: without the history, with all of it, and with nothing but the memory. A table of
+    recall follows, measured on the spot on conversations that it never saw.
 
     Example: delta-mem demo --interactive
     """

@@ -148,10 +148,10 @@ def evaluate(
     dtype: DtypeOption = Dtype.auto,
     seed: Annotated[int, option(metavar="N", help="Of all that a task draws.", show_default=True)] = 0,
 ) -> None:
-    """Ask benchmarks of a memory and of its rivals; write a table with scores and costs.
+    """Ask benchmarks of a memory and of its rivals.
 
-    Run the same command again to go on with a run that was stopped. On several GPUs, or in several processes:
-    torchrun --nproc-per-node 8 --no-python delta-mem eval …
+    Writes a table with scores and costs. Run the same command again to go on with a run that was stopped. On
+    several GPUs, or in several processes: torchrun --nproc-per-node 8 --no-python delta-mem eval …
 
     Example: delta-mem eval recall -m offline -s none,full,delta -o results
     """

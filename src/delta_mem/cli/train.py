@@ -281,10 +281,11 @@ def train(
         list[str] | None, option(help="tensorboard, wandb, …; repeatable.", metavar="NAME")
     ] = None,
 ) -> None:
-    """Train an adapter: a history is written into the memory, then questions are answered without it.
+    """Train an adapter to answer from its memory.
 
-    Defaults are the paper's. Ctrl-C finishes the step, saves a checkpoint and says how to go on. On several
-    GPUs: torchrun --nproc-per-node 8 --no-python delta-mem train …
+    A history is written into the memory, then questions are answered without it. Defaults are the paper's.
+    Ctrl-C finishes the step, saves a checkpoint and says how to go on. On several GPUs: torchrun
+    --nproc-per-node 8 --no-python delta-mem train …
 
     Example: delta-mem train -m Qwen/Qwen3-4B-Instruct-2507 -d train.jsonl -o my-adapter --write-tokens 2048
     """
