@@ -100,7 +100,7 @@ class DeltaMemModel(nn.Module):
         self.training = backbone.training  # not train(), which would change modules of the backbone
         self.adapters.train(backbone.training)
         self.forget_weights()
-        self._disabled = _Off()
+        self._disabled: list[None] = []
         self._attached = True
         self._was_trainable = [p for p in backbone.parameters() if p.requires_grad]
         for parameter in self._was_trainable:
@@ -522,6 +522,9 @@ class DeltaMemModel(nn.Module):
         finally:
             self._disabled.pop()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_disabled": []}  # no thread is within the copy's `disable_adapter`
+
     def detach(self) -> nn.Module:
         """Takes all hooks off and gives the backbone back as it was. The adapter is then of no use."""
         self._coupling.detach()
@@ -620,13 +623,6 @@ class DeltaMemModel(nn.Module):
             if theirs != ours:
                 return f"the memory's open segments are {theirs} wide, the adapter's {ours}."
         return None
-
-
-class _Off(list):
-    """As long as there are threads within `disable_adapter`, in which a copy is not."""
-
-    def __reduce__(self) -> tuple:
-        return _Off, ()
 
 
 def _new_adapter(layer: Any, config: DeltaMemConfig, initialise: bool) -> DeltaMemory:
