@@ -8,6 +8,7 @@ import torch
 from jinja2 import TemplateError
 
 import delta_mem as dm
+from delta_mem import chat as module
 from delta_mem.segments import encode_messages
 from families import backbone
 from helpers import tiny_tokenizer
@@ -262,11 +263,14 @@ def test_a_reply_is_not_taken_back_with_what_was_written_since(token_model):
     with pytest.raises(ValueError, match="written to since the reply"):
         chat.regenerate()
     same(chat.memory, before)
-    other = session(token_model)
-    other.send(LINES[0])
-    other.messages.clear()
-    with pytest.raises(ValueError, match="taken away since the reply"):
-        other.regenerate()
+    for change in (list.clear, lambda messages: messages.insert(0, dict(role="system", content="Be kind."))):
+        other = session(token_model)
+        other.send(LINES[0])
+        change(other.messages)
+        changed = list(other.messages)
+        with pytest.raises(ValueError, match="messages were changed since the reply"):
+            other.regenerate()
+        assert other.messages == changed
 
 
 def test_a_stream_computes_as_its_caller_does(token_model):
@@ -322,19 +326,40 @@ def test_two_that_save_at_once_leave_a_whole_session(token_model, tmp_path, monk
     same(loaded.memory, other.memory)
 
 
-def test_a_session_that_is_saved_anew_while_it_is_loaded(token_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["_are_messages", "_is_place"])  # before or after the memory is looked for
+def test_a_session_that_is_saved_anew_while_it_is_loaded(token_model, tmp_path, monkeypatch, when):
     chat = session(token_model)
     chat.send(LINES[0])
     chat.save(tmp_path)
-    load = dm.MemoryState.load
+    check = getattr(module, when)
 
-    def late(path, *args):
-        monkeypatch.setattr(dm.MemoryState, "load", load)
-        chat.save(tmp_path)  # which takes the file at `path` away
-        return load(path, *args)
+    def late(*args):
+        monkeypatch.setattr(module, when, check)
+        answer = check(*args)
+        chat.save(tmp_path)  # which takes the files away that are about to be read
+        return answer
 
-    monkeypatch.setattr(dm.MemoryState, "load", staticmethod(late))
+    monkeypatch.setattr(module, when, late)
     same(dm.ChatSession.load(tmp_path, token_model, TOKENIZER).memory, chat.memory)
+
+
+def test_what_a_crash_left_is_removed_in_time(token_model, tmp_path):
+    chat = session(token_model)
+    chat.send(LINES[0])
+    old, new = (tmp_path / f"memory-2-0000000{i}.safetensors" for i in range(2))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    chat.save(tmp_path)
+    assert new.exists() and not old.exists()
+
+
+def test_what_could_not_be_loaded_is_not_saved(token_model, tmp_path):
+    chat = session(token_model)
+    chat.messages = [{"role": "user", "content": [{"type": "text"}]}]
+    with pytest.raises(ValueError, match="messages must be dicts"):
+        chat.save(tmp_path / "chat")
+    assert not (tmp_path / "chat").exists()
 
 
 def test_a_session_is_not_saved_onto_a_file(token_model, tmp_path):
@@ -527,6 +552,8 @@ def test_sliding_window_backbones(family):
         (dict(memory="two rows"), r"memory\[i\]"),
         (dict(num_beams=2), "num_beams itself"),
         (dict(windw=2, max_new_token=5), "max_new_token, windw: generate knows no such option"),
+        (dict(kwargs=3), "kwargs: generate knows"),
+        (dict(token_healing=True), "token_healing itself"),
     ],
     ids=str,
 )
@@ -537,6 +564,11 @@ def test_refused(token_model, arguments, message):
         dm.ChatSession(token_model, TOKENIZER, **arguments)
     with pytest.raises(ValueError, match="chat template"):
         dm.ChatSession(token_model, tiny_tokenizer(None))
+
+
+def test_options_that_generate_takes_are_taken(token_model):
+    options = dict(stop_strings=["Oslo"], output_router_logits=False, logits_to_keep=1, no_such_thing=None)
+    session(token_model, **options, tokenizer=TOKENIZER)
 
 
 def test_what_is_no_memory_or_no_model_is_refused_at_once(token_model):

@@ -188,11 +188,12 @@ def test_a_mask_that_goes_on_behind_the_new_tokens(static):
 
 def test_a_mask_that_ends_before_the_new_tokens_is_refused():
     model = dm.DeltaMemModel(backbone("qwen3"))
-    cache, memory, mask = DynamicCache(config=model.config), model.new_memory(2), torch.ones(2, 14)
-    model(IDS, memory=memory, past_key_values=cache)
-    with pytest.raises(ValueError, match="14 long, for 12 tokens in the cache and 3 new"):
-        model(IDS[:, :3], mask, memory=memory, past_key_values=cache)
-    assert memory.tokens_written.tolist() == [12, 12]
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=20)):
+        memory, mask = model.new_memory(2), torch.ones(2, 14)
+        model(IDS, memory=memory, past_key_values=cache)
+        with pytest.raises(ValueError, match="14 long, for 12 tokens in the cache and 3 new"):
+            model(IDS[:, :3], mask, memory=memory, past_key_values=cache)
+        assert memory.tokens_written.tolist() == [12, 12]
 
 
 def test_inputs_go_where_accelerate_computes():

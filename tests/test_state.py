@@ -167,7 +167,9 @@ def signed(data, **tensors):
         (lambda data: tamper(data, layers="[0]"), "layers"),
         (lambda data: tamper(data, layers="[0"), "layers"),
         (lambda data: tamper(data, layers="[0, 1, 2, 2]"), "layers"),
+        (lambda data: tamper(data, layers="[0, 1, 2, 3, 3]"), "layers"),
         (lambda data: tamper(data, layers='"0123"'), "layers"),
+        (lambda data: signed(data, states=torch.zeros(4, 0, 1, 8, 8)), "states"),
         (lambda data: tamper(data, segment_features="many"), "segment_features"),
         (lambda data: tamper(data, segment_features="²"), "segment_features"),
         (lambda data: tamper(data, segment_features="9" * 12), "segment_features"),
@@ -298,8 +300,13 @@ def test_a_memory_is_saved_where_a_link_points(memory, tmp_path):
 def test_rows_that_cannot_be_selected(memory):
     with pytest.raises(IndexError, match="at least one row"):
         memory.select([])
-    with pytest.raises(TypeError, match="rows must be integers, got torch.bool"):
-        memory.select([True, False, True])
+    for rows in ([True, False, True], [[0, 1]], [0.5]):
+        with pytest.raises(TypeError, match="rows must be integers in a list"):
+            memory.select(rows)
+    for rows in ([3], [-1]):
+        with pytest.raises(IndexError, match="not all of"):
+            memory.select(rows)
+    same(memory.select(torch.tensor([2, 0], dtype=torch.uint8)), memory.select([2, 0]))
 
 
 def test_the_same_weights_with_other_settings_are_another_adapter(model):

@@ -299,9 +299,11 @@ def first_columns(layer: AttentionLayer, head: str, count: int, input_size: int)
     probe = torch.eye(count, input_size, dtype=dtype, device=device_of(module))
     modes = {inner: inner.training for inner in module.modules()}
     module.eval()  # a LoRA's dropout is no part of the weight
-    answers = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
-    for inner, mode in modes.items():
-        inner.training = mode
+    try:
+        answers = module(torch.cat([probe, torch.zeros_like(probe[:1])]))
+    finally:
+        for inner, mode in modes.items():
+            inner.training = mode
     return slot.view(answers[:-1] - answers[-1], -1).flatten(1).t()
 
 

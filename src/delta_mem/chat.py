@@ -26,6 +26,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import TextStreamer
+from transformers.utils import TransformersKwargs
 
 from .backbones import causal_lm
 from .errors import AdapterFormatError
@@ -51,11 +53,13 @@ logger = logging.getLogger(__name__)
 _OWN = {
     "inputs", "input_ids", "attention_mask", "memory", "write", "segment_ids", "keep_segment_open",
     "past_key_values", "use_cache", "num_beams", "num_return_sequences", "return_dict_in_generate",
+    "custom_generate", "token_healing",
 }  # fmt: skip
 
 FORMAT = "delta-mem-session"
 FORMAT_VERSION = 1
 SESSION_FILE = "session.json"
+ABANDONED = 600  # seconds after which a memory's file that no session.json names is left of a crash
 _SAVED = re.compile(r"(memory|before)-\d+-[0-9a-f]{8}\.safetensors")  # files that `save` makes beside it
 
 
@@ -180,8 +184,8 @@ class ChatSession:
             if int(self.memory.tokens_written) != self._written:
                 raise ValueError("the memory has been written to since the reply: it cannot be taken back.")
             memory, count = self._before
-            if count >= len(self.messages):
-                raise ValueError("messages were taken away since the reply: it cannot be taken back.")
+            if len(self.messages) != count + 2:
+                raise ValueError("messages were changed since the reply: it cannot be taken back.")
             undone = copy.copy(self)
             undone.memory, undone.messages = memory.fork(), self.messages[:count]
             reply = undone._reply(self.messages[count], generate_kwargs)
@@ -222,11 +226,13 @@ class ChatSession:
 
         Raises:
             FileExistsError: `path` is a file.
-            ValueError: the memory holds NaN or infinity.
+            ValueError: the memory holds NaN or infinity, or `messages` something else than messages.
             RuntimeError: the session is busy with another call.
         """
         with self._alone():
             folder = Path(path)
+            if not _are_messages(self.messages):
+                raise ValueError("messages must be dicts with a role and a content that is a string or None.")
             if folder.is_file():
                 raise FileExistsError(f"{folder} is a file; name a folder.")
             folder.mkdir(parents=True, exist_ok=True)
@@ -251,8 +257,13 @@ class ChatSession:
             data = {folder / files[name]: memory.to_bytes() for name, memory in memories.items()}
             data[folder / SESSION_FILE] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             write_together(data)
-            for name in before:  # and no others: they may be those of a save that is not done yet
-                (folder / name).unlink(missing_ok=True)
+            for file in folder.glob("*-*-*.safetensors"):
+                if not _SAVED.fullmatch(file.name) or file.name in files.values():
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    # Others that are new may be those of a save that is not done yet.
+                    if file.name in before or time.time() - file.stat().st_mtime > ABANDONED:
+                        file.unlink()
 
     @classmethod
     def load(
@@ -279,13 +290,16 @@ class ChatSession:
             return loaded
 
         while True:
-            values = read_session(folder)
-            before = values["before"]
+            named = _files_of(folder)
             try:
+                values = read_session(folder)
+                before = values["before"]
                 now, then = memory(values["memory"]), None if before is None else memory(before["memory"])
                 break
-            except FileNotFoundError:  # they were there: another save has taken this one's place
-                continue
+            except (FileNotFoundError, AdapterFormatError):
+                if _files_of(folder) == named:
+                    raise
+                # Else another save has taken this one's place in between.
         session = cls(model, tokenizer, now, values["window"], **generate_kwargs)
         session.messages = values["messages"]
         if before is not None:
@@ -458,10 +472,6 @@ def read_session(path: str | os.PathLike) -> dict[str, Any]:
     folder = Path(path)
     file = folder / SESSION_FILE
     values = read_json(file)
-    while not all((folder / name).exists() for name in _named_by(values)):
-        seen, values = values, read_json(file)
-        if seen == values:  # else another save has taken this one's place
-            break
     check_header(file, values, FORMAT, FORMAT_VERSION, ("window", "messages", "memory", "before"))
     if not _are_messages(values["messages"]):
         wrong = "messages"
@@ -564,10 +574,13 @@ def _check_options(model: DeltaMemModel, options: dict[str, Any]) -> None:
     if taken:
         raise ValueError(f"a chat decides {', '.join(taken)} itself; leave it out.")
     backbone = causal_lm(model.backbone)
-    known = {*vars(GenerationConfig()), "tokenizer", "assistant_tokenizer"}
+    config = options.get("generation_config") or backbone.generation_config
+    known = {*vars(GenerationConfig()), *vars(config), "tokenizer", "assistant_tokenizer"}
+    known |= TransformersKwargs.__annotations__.keys()
     for function in (backbone.generate, backbone.forward):
-        known.update(inspect.signature(function).parameters)
-    unknown = sorted(options.keys() - known)
+        parameters = inspect.signature(function).parameters.values()
+        known |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    unknown = sorted(name for name, value in options.items() if value is not None and name not in known)
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: generate knows no such option.")
 

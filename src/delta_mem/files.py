@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,16 @@ def _write_beside(path: str | os.PathLike, data: bytes | str) -> str:
     if os.path.isdir(path):
         raise IsADirectoryError(f"{os.fspath(path)}: is a folder; name a file.")
     temporary = os.path.join(folder, f".delta-mem-{os.urandom(8).hex()}")
+    # A file that is there may have been given rights of its own, which nobody gets more than in between.
+    rights = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else None
+    mode = 0o666 if rights is None else rights
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if os.path.exists(path):  # which may have been given rights of its own
-            shutil.copymode(path, temporary)
+        if rights is not None:
+            os.chmod(temporary, rights)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -687,6 +687,8 @@ def _read_mask(
     if mask.shape[1] > tokens:
         # Behind what the cache holds, as attention takes it: a static cache's mask goes on behind them.
         past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, Tensor) and past.is_cpu and not torch.compiler.is_compiling():
+            past = int(past)
         if isinstance(past, Tensor):  # a static cache counts on its device, where to look would cost a stop
             own = torch.arange(tokens, device=mask.device) + past
             mask = mask.index_select(1, own.clamp(max=mask.shape[1] - 1))

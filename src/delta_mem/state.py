@@ -15,6 +15,7 @@ import datetime
 import json
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -144,8 +145,11 @@ class MemoryState:
         rows = torch.as_tensor(rows)
         if rows.numel() == 0:
             raise IndexError("select needs at least one row.")
-        if rows.dtype == torch.bool or rows.is_floating_point():
-            raise TypeError(f"rows must be integers, got {rows.dtype}.")
+        if rows.dim() != 1 or rows.dtype == torch.bool or rows.is_floating_point():
+            raise TypeError(f"rows must be integers in a list, got {rows.dtype} {list(rows.shape)}.")
+        if rows.is_cpu and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size:
+            raise IndexError(f"memory has {self.batch_size} row(s), not all of {rows.tolist()}.")
+        rows = rows.long()
         return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     @staticmethod
@@ -403,22 +407,25 @@ def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str])
     if states.dtype != torch.float32 or states.dim() != 5 or states.shape[-1] != states.shape[-2]:
         fail("states", f"{states.dtype} {list(states.shape)} is not float32 [layers, batch, states, r, r].")
     layers, batch, num_states, rank, _ = states.shape
+    if 0 in states.shape:
+        fail("states", f"{list(states.shape)} is empty.")
     try:
         indices = json.loads(metadata["layers"])
-    except ValueError:
+    except (ValueError, RecursionError):
         indices = None
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
         fail("layers", f"{metadata['layers']!r} is no list of layer indices.")
-    if not 0 < len(set(indices)) == layers:
+    if not len(indices) == len(set(indices)) == layers:
         fail("layers", f"names {len(set(indices))} layers, states holds {layers}.")
     features, width = metadata["segment_features"], num_states * rank
+    number = int(features) if re.fullmatch("[0-9]{1,9}", features) else -1
     # Of keys, values, and one or two gates per state or per row.
-    if features not in ("0", *map(str, range(2 * width + num_states, 4 * width + 1))):
+    if number != 0 and not 2 * width + num_states <= number <= 4 * width:
         fail("segment_features", f"{features!r} is none of a state of {num_states} times {rank} rows.")
     whole = {"tokens_written": (torch.int64, [batch])}
     if any(name.startswith("open_") for name in tensors):
         whole |= {
-            "open_sums": (torch.float32, [layers, batch, int(features)]),
+            "open_sums": (torch.float32, [layers, batch, number]),
             "open_count": (torch.int64, [batch]),
             "open_ids": (torch.int64, [batch]),
         }
