@@ -1,5 +1,6 @@
 """The `delta-mem` command, as a user meets it: what it prints, what it refuses and how it ends."""
 
+import errno
 import json
 import pickle
 import re
@@ -306,14 +307,28 @@ def test_a_chat_is_saved_after_every_message(session, tmp_path, monkeypatch):
     assert counts == [(2, 2)] * 4 + [(2, 3)] * 2 + [(0, 3)]
 
 
+def test_a_chat_that_cannot_be_saved_says_so_and_goes_on(session, tmp_path, monkeypatch, capsys):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    conversation = Conversation(session, None, interactive=False, folder=tmp_path)
+    monkeypatch.setattr(conversation, "_lines", lambda: iter(["One.", "Two."]))
+    monkeypatch.setattr(session, "save", full)
+    conversation.run()
+    assert capsys.readouterr().err.count("done, but not saved") == 2
+    assert conversation.failed and len(session.messages) == 4
+
+
 def test_a_chat_that_is_open_elsewhere_is_left_alone(chat, files, tmp_path):
     saved = tmp_path / "ada"
     chat("My name is Ada.", options=("--session", saved))
-    assert sorted(entry.suffix for entry in saved.iterdir()) == [".json", ".safetensors", ".safetensors"]
     before = (saved / "session.json").read_text()
     with alone_in(saved):
         words = "--model", files / "model", "--adapter", files / "adapter", "--session", saved
         assert f"{saved} is in use by another delta-mem" in refused("chat", *words, input="Hello.\n")
+        lines = f"Hello.\n/save {saved}\n"
+        result = run("chat", *words[:-2], "--session", tmp_path / "bob", input=lines)
+        assert result.exit_code == 1 and "in use by another delta-mem" in result.stderr
     assert (saved / "session.json").read_text() == before
     chat("Hello.", options=("--session", saved))
     assert len(json.loads((saved / "session.json").read_text())["messages"]) == 4

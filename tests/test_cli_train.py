@@ -308,8 +308,9 @@ def test_going_on_with_other_settings_is_told(train, files, tmp_path):
 
     done(train("--steps", 1))
     shutil.copy(files / "train.jsonl", files / "other.jsonl")
-    line = refusal(resume(2, weight_decay=0.1))
-    assert "begun with trainer.weight_decay 0.0; --resume goes on with that, not 0.1" in line
+    for name, now, was in (("weight_decay", 0.1, 0.0), ("adam_beta2", 0.9, 0.999), ("optim", "sgd", "adamw")):
+        line = refusal(resume(2, **{name: now}))
+        assert f"begun with trainer.{name} {was}" in line and f"goes on with that, not {now}" in line
     other = "--seed", 5, "--save-every", 3, "--write-chunk", 64
     again = done(resume(2, *other, max_grad_norm=0.5, weight_decay=0.0)).stderr
     assert f"--data {files / 'other.jsonl'}, so far {files / 'train.jsonl'}" in again
@@ -317,6 +318,9 @@ def test_going_on_with_other_settings_is_told(train, files, tmp_path):
     assert "trainer.max_grad_norm 0.5, so far 1.0" in again
     assert "save-every" not in again and "weight_decay" not in again
     assert "so far" not in done(resume(3, *other, max_grad_norm=0.5)).stderr
+    recipe = tmp_path / "run" / "recipe.yaml"  # as of another release
+    recipe.write_text(recipe.read_text().replace("max_grad_norm", "gone_since"))
+    assert "trainer.max_grad_norm 0.5, so far 1.0" in done(resume(4, *other, max_grad_norm=0.5)).stderr
 
 
 def test_an_output_folder_is_not_written_over(train, tmp_path):

@@ -30,7 +30,6 @@ from .common import (
     holds,
     layer_grid,
     load_backbone,
-    new_folder,
     option,
     out,
     plural,
@@ -112,13 +111,14 @@ def chat(
         messages = None if window is None else parse_window(window)
         own = find_model(model, dtype)[1]
         adapter = find_adapter(adapter, own) if adapter else next(iter(own.values()), None)
-        if session is not None:
-            _holds_chat(session)  # a wrong path shows here
-            held.enter_context(new_folder(session))
+        there = session is not None and _holds_chat(session)
+        if there:
             held.enter_context(alone_in(session))
-        resume = session is not None and _holds_chat(session)
         with _loading(model):
             loaded, tokenizer = _load(model, adapter, device, dtype)
+        if session is not None and not there:
+            held.enter_context(alone_in(session))  # if this fails, then before the chat
+        resume = session is not None and _holds_chat(session)
         if adapter is None:
             err.print(
                 "warning: no --adapter, so this is an untrained one: it remembers nothing useful.",
@@ -294,8 +294,15 @@ class Conversation:
 
     def _keep(self) -> None:
         """Saves the original, so that whatever ends the process loses nothing."""
-        if self.folder is not None and self.session is self.sessions[0]:
+        if self.folder is None or self.session is not self.sessions[0]:
+            return
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
             self.session.save(self.folder)
+        except OSError as error:
+            raise OSError(f"done, but not saved: {error}") from None
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _say(self, text: str) -> None:
         with _first_interrupt_only(), contextlib.closing(self.session.stream(text)) as pieces:
@@ -307,10 +314,10 @@ class Conversation:
                 if not self.interactive:
                     raise
                 sys.stdout.write(" …")
-        print(flush=True)
-        if self.interactive:
-            print()
-        self._keep()
+            print(flush=True)
+            if self.interactive:
+                print()
+            self._keep()
 
     # ---- /commands ---------------------------------------------------------------------------------
 
@@ -356,13 +363,15 @@ class Conversation:
         place = Path(folder).resolve()
         if place == self.folder and self.session is not self.sessions[0]:
             raise ValueError(f"the original is saved to {folder}; name another folder.")
-        if _holds_chat(place) and (self.session, place) not in self.own:
-            if not self.interactive:
-                raise ValueError(f"{folder} holds another chat; name another folder.")
-            if not _agrees(f"{folder} holds another chat. Replace it? [y/N] "):
-                out.print("Nothing is saved.")
-                return
-        self.session.save(folder)
+        _holds_chat(place)  # a wrong path shows before a folder is made
+        with contextlib.nullcontext() if place == self.folder else alone_in(place):
+            if _holds_chat(place) and (self.session, place) not in self.own:
+                if not self.interactive:
+                    raise ValueError(f"{folder} holds another chat; name another folder.")
+                if not _agrees(f"{folder} holds another chat. Replace it? [y/N] "):
+                    out.print("Nothing is saved.")
+                    return
+            self.session.save(folder)
         self.own.add((self.session, place))
         out.print(f"Saved to {folder}: {_told(self.session)}.", markup=False, soft_wrap=True)
 

@@ -103,23 +103,20 @@ def new_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other commands out of a folder.
+    """Keeps other commands out of a folder, which is made if need be. Its lock file stays in it.
 
     Raises:
         ValueError: another one is in it.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{folder} is in use by another delta-mem; wait until it is done.") from None
-    try:
+    with lock:
         yield
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
 
 
 def holds(folder: Path, file: str, what: str) -> bool:
@@ -251,7 +248,7 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from ..checkpoint import CONFIG_FILE
@@ -273,9 +270,7 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
     if Path(folder).is_dir():
         logging.disable_progress_bar()  # a local file loads in the time that the status line shows
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if not tokenizer("What is there?").input_ids:  # transformers makes an empty one where there is none
-            raise ValueError(f"{name} has no tokenizer; save one with it (tokenizer.save_pretrained).")
+        tokenizer = _load_tokenizer(name, folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype.value, "auto"))
         if own:
             model.config._name_or_path = NAME  # not a folder of this machine
@@ -283,6 +278,20 @@ def load_backbone(name: str, device: str, dtype: Dtype) -> tuple[Any, Any]:
         return (model if getattr(model, "is_quantized", False) else model.to(target)), tokenizer
     except (SafetensorError, ImportError, torch.OutOfMemoryError) as error:
         raise ValueError(f"{name} cannot be loaded: {error}") from None
+
+
+def _load_tokenizer(name: str, folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    missing = f"{name} has no tokenizer; save one with it (tokenizer.save_pretrained)."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(f"{missing} ({str(error).splitlines()[0]})") from None
+    # Where there is none, transformers makes one that knows no words.
+    if {tokenizer.unk_token_id}.issuperset(tokenizer("What?", add_special_tokens=False).input_ids):
+        raise ValueError(missing)
+    return tokenizer
 
 
 def find_device(name: str) -> Any:

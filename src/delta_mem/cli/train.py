@@ -382,12 +382,15 @@ def _adapter_config(context: typer.Context, settings: Mapping[str, Any]) -> Delt
     if settings["init_from"] is None:
         return make_adapter_config(settings)
     config = load_adapter(_init_from(settings)).config
-    wanted = make_adapter_config(settings)
-    given = [name for option, name in ADAPTER_FIELDS.items() if _is_given(context, option)]
+    own = make_adapter_config({**settings, "adapter": {}})
+    given = {
+        name: getattr(own, name) for option, name in ADAPTER_FIELDS.items() if _is_given(context, option)
+    }
+    wanted = dataclasses.replace(config, **given, **settings["adapter"])
     others = ", ".join(
-        f"{name} is {getattr(config, name)!r}, not {getattr(wanted, name)!r}"
-        for name in [*given, *settings["adapter"]]
-        if getattr(config, name) != getattr(wanted, name)
+        f"{f.name} is {getattr(config, f.name)!r}, not {getattr(wanted, f.name)!r}"
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != getattr(wanted, f.name)
     )
     if others:
         raise ValueError(f"--init-from brings the adapter's own settings: {others}.")
@@ -406,7 +409,7 @@ def _init_from(settings: Mapping[str, Any]) -> str:
 _MAY_CHANGE = {"output", "steps", "epochs", "save_every", "report_to", *ADAPTER_FIELDS, *SECTIONS}
 
 # What a checkpoint's optimizer brings with it, whatever is asked for.
-_OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_OPTIMIZER = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _KEPT = ("--lr", *(f"trainer.{name}" for name in _OPTIMIZER))
 
 
@@ -423,28 +426,29 @@ def _compare_with_recipe(output: Path, settings: Mapping[str, Any], loud: bool) 
         recipe = yaml.safe_load((output / RECIPE_FILE).read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         return
-    before = {str(name).replace("_", "-"): value for name, value in recipe.items()}
-    now = _as_recipe(settings)
-    values = {
-        f"--{name}": (now.get(name), before.get(name))
-        for name in {**before, **now}
-        if name.replace("-", "_") not in _MAY_CHANGE
-    }
-    fields, fields_before, unsaid = settings["trainer"], before.get("trainer") or {}, _trainer_defaults()
-    for name in {**fields_before, **fields}:
-        values[f"trainer.{name}"] = fields.get(name, unsaid[name]), fields_before.get(name, unsaid[name])
+    changed = _changed({str(name).replace("_", "-"): value for name, value in recipe.items()}, settings)
     for name in _KEPT:
-        now, was = values.get(name, (None, None))
-        if now != was is not None:
-            raise ValueError(
-                f"{output} was begun with {name} {_spoken(was)}; --resume goes on with that, not "
-                f"{_spoken(now)}."
-            )
-    others = [
-        f"{name} {_spoken(now)}, so far {_spoken(was)}" for name, (now, was) in values.items() if now != was
-    ]
-    if loud and others:
-        _warn(f"{output} goes on with other settings: {'; '.join(others)}")
+        if name in changed:
+            now, was = changed[name]
+            raise ValueError(f"{output} was begun with {name} {was}; --resume goes on with that, not {now}.")
+    if loud and changed:
+        others = "; ".join(f"{name} {now}, so far {was}" for name, (now, was) in changed.items())
+        _warn(f"{output} goes on with other settings: {others}")
+
+
+def _changed(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """{setting: (as it is now, as the recipe has it)} of those that matter."""
+    now = _as_recipe(settings)
+    pairs = {
+        f"--{name}": (now.get(name), recipe.get(name))
+        for name in {**recipe, **now}
+        if name.replace("-", "_") not in _MAY_CHANGE and (name != "lr" or name in recipe)
+    }
+    fields, fields_before, unsaid = settings["trainer"], recipe.get("trainer"), _trainer_defaults()
+    fields_before = fields_before if isinstance(fields_before, dict) else {}
+    for name in {**fields_before, **fields}:
+        pairs[f"trainer.{name}"] = tuple(f.get(name, unsaid.get(name)) for f in (fields, fields_before))
+    return {name: (_spoken(now), _spoken(was)) for name, (now, was) in pairs.items() if now != was}
 
 
 def _trainer_defaults() -> dict[str, Any]:
