@@ -363,6 +363,12 @@ def test_chat_refuses(files, changed, says):
     assert says in refused("chat", *(word for pair in options.items() for word in pair), input="Hello.\n")
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral", "gemma3_text", "phi3", "gpt_oss"])
+def test_a_model_without_a_tokenizer_is_refused(family, tmp_path):
+    backbone(family).save_pretrained(tmp_path)
+    assert f"{tmp_path} has no tokenizer" in refused("chat", "--model", tmp_path, input="Hello.\n")
+
+
 @pytest.mark.parametrize("adapter", [(), ("--adapter", "msw")])
 def test_chat_with_the_model_that_comes_along(adapter):
     lines = "My sister lives in Oslo.\nWhere does my sister live?\n"

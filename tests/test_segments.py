@@ -392,8 +392,9 @@ def test_a_system_prompt_that_the_template_shows_before_an_answer_only():
     assert set(segments.tolist()) == {-1, 0, 1} and set(owners.tolist()) == {-1, 1, 2}
     assert "Be brief." not in tokenizer.decode(ids)
     never = tiny_tokenizer(template.replace("messages[-1].role == 'user'", "false"))
-    with pytest.raises(ValueError, match=r"message 0 \(system\).*leaves its content out"):
-        encode_messages(never, chat, add_generation_prompt=True)
+    for more in ([], [assistant("b")]):
+        with pytest.raises(ValueError, match=r"message 0 \(system\).*leaves its content out"):
+            encode_messages(never, [*chat, *more], add_generation_prompt=not more)
 
 
 def test_a_tokenizer_without_chat_template():

@@ -14,6 +14,7 @@ rendering a second time with invisible marks around the contents.
 
 from __future__ import annotations
 
+import functools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -139,7 +140,7 @@ def encode_messages(
             kind = type(message["content"]).__name__
             raise TypeError(f"message {index}: its content must be a string or None, not {kind}")
 
-    def render(conversation) -> str:
+    def render(conversation, add_generation_prompt=add_generation_prompt) -> str:
         return tokenizer.apply_chat_template(
             conversation,
             tokenize=False,
@@ -148,12 +149,14 @@ def encode_messages(
         )
 
     text = render(messages)
+    places = _find_contents(render, text, messages)
+    for index in sorted(index for index, place in places.items() if place is None):
+        if add_generation_prompt or not _is_shown_before_an_answer(index, render, messages):
+            raise _not_found(index, messages)
     spans: list[_Span] = []
     segment = 0
-    required = set(range(len(messages)))
-    if not add_generation_prompt:
-        required = {i for i in required if messages[i].get("role") not in SYSTEM_ROLES}
-    for index, (start, end) in _find_contents(render, text, messages, required):
+    found = ((index, place) for index, place in places.items() if place is not None)
+    for index, (start, end) in sorted(found, key=lambda item: item[1]):
         pieces = _segments(text, start, end, write, segment, index)
         if messages[index].get("role") in SYSTEM_ROLES:
             pieces = [piece._replace(segment=-1) for piece in pieces]
@@ -189,11 +192,9 @@ def _segments(text, start, end, write, segment, message) -> list[_Span]:
 
 
 def _find_contents(
-    render: Callable, text: str, messages: Sequence[dict], required: set[int]
-) -> list[tuple[int, tuple[int, int]]]:
-    """(message index, (start, end)) of every content in `text` = render(messages), in text order.
-
-    Those of messages that are not `required` may be absent.
+    render: Callable, text: str, messages: Sequence[dict]
+) -> dict[int, tuple[int, int] | None]:
+    """{message index: (start, end) of its content in `text` = render(messages), or None if it is not there}.
 
     Not by searching for the contents: "user" is also a role header, two messages may be equal, and
     some templates move the system prompt. Rendering with marks around the contents tells where each
@@ -230,10 +231,17 @@ def _find_contents(
                 break
         else:
             found[index] = None
-    for index in sorted(required.intersection(found)):
-        if found[index] is None:
-            raise _not_found(index, messages)
-    return sorted(((index, place) for index, place in found.items() if place), key=lambda item: item[1])
+    return found
+
+
+def _is_shown_before_an_answer(index: int, render: Callable, messages: Sequence[dict]) -> bool:
+    """Whether this message is a system prompt that the template puts before the answer to come."""
+    asked = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
+    if messages[index].get("role") not in SYSTEM_ROLES or asked < index:
+        return False
+    until = messages[: asked + 1]
+    before_answer = functools.partial(render, add_generation_prompt=True)
+    return _find_contents(before_answer, before_answer(until), until)[index] is not None
 
 
 def _find_by_marks(render, text, messages, contents: dict[int, str]) -> dict | None:
