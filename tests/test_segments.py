@@ -391,6 +391,7 @@ def test_a_system_prompt_that_the_template_shows_before_an_answer_only():
     ids, segments, owners = encode_messages(tokenizer, [*chat, assistant("b")])
     assert set(segments.tolist()) == {-1, 0, 1} and set(owners.tolist()) == {-1, 1, 2}
     assert "Be brief." not in tokenizer.decode(ids)
+    assert set(encode_messages(tokenizer, [chat[0], assistant("b")]).message_ids.tolist()) == {-1, 1}
     never = tiny_tokenizer(template.replace("messages[-1].role == 'user'", "false"))
     for more in ([], [assistant("b")]):
         with pytest.raises(ValueError, match=r"message 0 \(system\).*leaves its content out"):

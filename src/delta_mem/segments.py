@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
+from jinja2.exceptions import TemplateError
 
 from .config import Write
 
@@ -236,12 +237,17 @@ def _find_contents(
 
 def _is_shown_before_an_answer(index: int, render: Callable, messages: Sequence[dict]) -> bool:
     """Whether this message is a system prompt that the template puts before the answer to come."""
-    asked = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
-    if messages[index].get("role") not in SYSTEM_ROLES or asked < index:
+    if messages[index].get("role") not in SYSTEM_ROLES:
         return False
+    asked = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=-1)
     until = messages[: asked + 1]
+    if asked < index:
+        until = [*messages[: index + 1], {"role": "user", "content": "?"}]
     before_answer = functools.partial(render, add_generation_prompt=True)
-    return _find_contents(before_answer, before_answer(until), until)[index] is not None
+    try:
+        return _find_contents(before_answer, before_answer(until), until)[index] is not None
+    except TemplateError:
+        return False
 
 
 def _find_by_marks(render, text, messages, contents: dict[int, str]) -> dict | None:
