@@ -491,12 +491,9 @@ def read_session(path: str | os.PathLike) -> dict[str, Any]:
 def _files_of(folder: Path) -> list[str]:
     """The memories' files of the chat that is saved there, if one is."""
     try:
-        return _named_by(read_json(folder / SESSION_FILE))
+        values = read_json(folder / SESSION_FILE)
     except (OSError, AdapterFormatError):
         return []
-
-
-def _named_by(values: dict[str, Any]) -> list[str]:
     before = values.get("before")
     names = values.get("memory"), before.get("memory") if isinstance(before, dict) else None
     return [name for name in names if isinstance(name, str) and _SAVED.fullmatch(name)]

@@ -165,8 +165,8 @@ class MemoryState:
         memories = list(memories)
         if not memories:
             raise ValueError("stack needs at least one memory.")
-        first, signed = memories[0], {memory.adapter for memory in memories} - {None}
-        if len(signed) > 1:
+        first, adapters = memories[0], {memory.adapter for memory in memories}
+        if len(signed := adapters - {None}) > 1:
             names = ", ".join(sorted(adapter[:12] for adapter in signed))
             raise IncompatibleMemoryError(f"the memories were written by {len(signed)} adapters ({names}).")
         for index, other in enumerate(memories[1:], 1):
@@ -174,7 +174,7 @@ class MemoryState:
             if difference:
                 raise IncompatibleMemoryError(f"memory {index} does not stack on memory 0: {difference}")
         result = first.combine(memories, torch.cat)
-        result.adapter = None if any(memory.adapter is None for memory in memories) else first.adapter
+        result.adapter = None if None in adapters else first.adapter
         result.created = min(memory.created for memory in memories)
         return result
 
@@ -309,9 +309,7 @@ class MemoryState:
             tensors, metadata = load_tensors(data), read_metadata(data)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise AdapterFormatError(f"{name}: not a whole safetensors file ({error}).") from None
-        _check_file(name, tensors, metadata)
-        indices = json.loads(metadata["layers"])
-        features = int(metadata["segment_features"])
+        indices, features = _check_file(name, tensors, metadata)
         batch = tensors["states"].shape[1]
         on_device = {key: tensor.to(device) for key, tensor in tensors.items()}
         segment = None
@@ -393,7 +391,13 @@ def read_metadata(data: bytes) -> dict[str, str]:
     return json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
 
-def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[list[int], int]:
+    """The layers of a memory file, and the numbers in a layer's sum of its open segment (0: none is kept).
+
+    Raises:
+        AdapterFormatError: the file is not one that `to_bytes` makes; `name` and field are named.
+    """
+
     def fail(field, what):
         raise AdapterFormatError(f"{name}: {field}: {what}")
 
@@ -417,15 +421,15 @@ def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str])
         fail("layers", f"{metadata['layers']!r} is no list of layer indices.")
     if not len(indices) == len(set(indices)) == layers:
         fail("layers", f"names {len(set(indices))} layers, states holds {layers}.")
-    features, width = metadata["segment_features"], num_states * rank
-    number = int(features) if re.fullmatch("[0-9]{1,9}", features) else -1
+    said, width = metadata["segment_features"], num_states * rank
+    features = int(said) if re.fullmatch("[0-9]{1,9}", said) else -1
     # Of keys, values, and one or two gates per state or per row.
-    if number != 0 and not 2 * width + num_states <= number <= 4 * width:
-        fail("segment_features", f"{features!r} is none of a state of {num_states} times {rank} rows.")
+    if features != 0 and not 2 * width + num_states <= features <= 4 * width:
+        fail("segment_features", f"{said!r} is none of a state of {num_states} times {rank} rows.")
     whole = {"tokens_written": (torch.int64, [batch])}
     if any(name.startswith("open_") for name in tensors):
         whole |= {
-            "open_sums": (torch.float32, [layers, batch, number]),
+            "open_sums": (torch.float32, [layers, batch, features]),
             "open_count": (torch.int64, [batch]),
             "open_ids": (torch.int64, [batch]),
         }
@@ -442,6 +446,7 @@ def _check_file(name: str, tensors: dict[str, Tensor], metadata: dict[str, str])
             fail("states", f"layer {index} holds NaN or infinity.")
     if "open_sums" in tensors and not torch.isfinite(tensors["open_sums"]).all():
         fail("open_sums", "holds NaN or infinity.")
+    return indices, features
 
 
 def _now() -> str:

@@ -248,9 +248,7 @@ class System(ABC):
         said = output[:, max(map(len, prompts)) :]
         texts = [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
         # A row goes on until it ends; what it is fed afterwards is nobody's call.
-        over = torch.isin(
-            said, torch.tensor(end_tokens(self.model.generation_config, self.tokenizer), device=said.device)
-        ).long()
+        over = torch.isin(said, torch.tensor(self._ends(), device=said.device)).long()
         alive = over.cumsum(1) - over == 0
         margins = torch.stack(calls.margins, 1).masked_fill(~alive, torch.inf).amin(1)
         close = margins < CLOSE.get(self.model.dtype, CLOSE_FLOAT32)
@@ -269,7 +267,7 @@ class System(ABC):
             num_beams=1,
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=end_tokens(self.model.generation_config, self.tokenizer) or None,
+            eos_token_id=self._ends() or None,
         )
         with _generating_by(likeliest, self.model):
             return self.model.generate(
@@ -278,6 +276,10 @@ class System(ABC):
                 **self.inputs(stored),
                 **options,
             )
+
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return end_tokens(self.model.generation_config, self.tokenizer)
 
     def _batches(
         self, group: Sequence[int], prompts: Sequence[list[int]], longest: Sequence[int], shared: int
